@@ -194,7 +194,7 @@ def _read_arrived(e: Entry, part: Path) -> dict[str, Any]:
 
 def _by_hand(e: Entry) -> str:
     note = f"{e.notes} " if e.notes else ""
-    return f"{note}With the file from elsewhere (see {e.origin_url}), `attnsuite weights import {e.name} FILE` does the same"
+    return f"{note}Got the file elsewhere (see {e.origin_url})? Then: attnsuite weights import {e.name} FILE"
 
 
 def _install(
@@ -254,10 +254,10 @@ def _card(e: Entry, source: str, official: Path, ours: Path) -> dict[str, Any]:
 def _read_card(path: Path) -> dict[str, Any] | None:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        card["file"]["sha256"], card["official"]["sha256"], card["source"]
-        return card
+        complete = all((card["file"]["sha256"], card["official"]["sha256"], card["source"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return card if complete else None
 
 
 def _sha256(path: Path) -> str:
