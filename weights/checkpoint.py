@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,18 @@ __all__ = ["differences", "load_state_dict", "save_state_dict"]
 
 _NESTING_KEYS = ("model", "state_dict")  # in this order; never an EMA copy, as the official loaders have it
 _WRAPPER_PREFIX = "module."
+_LONGEST_HEADER = 100_000_000  # the limit that the safetensors format sets itself
 
 
-class _InertNode(dict):
-    """Takes the place of a configuration object in a pickle: holds what it is given, does nothing."""
+class _InertNode:
+    """Takes the place of a configuration class in a pickle.
 
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, Mapping):
-            self.update(state)
+    "Instances" are plain ordered dictionaries: the one kind of container that the weights-only unpickler fills both by
+    item (as yacs nodes are stored) and by attribute (as namespaces are).
+    """
+
+    def __new__(cls, *args: object) -> OrderedDict[object, object]:  # type: ignore[misc]
+        return OrderedDict()
 
 
 _STAND_INS = ("yacs.config.CfgNode", "argparse.Namespace")
@@ -54,7 +59,7 @@ def load_state_dict(path: str | os.PathLike[str], *, key: str | None = None) -> 
         raise WeightsError(f"{path}: no such file")
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; a checkpoint file (.safetensors, .pth) is expected")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
     return _strip_wrapper(_unwrap(content, key, path))
 
 
@@ -95,6 +100,15 @@ def differences(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]
             more = f" and {len(names) - limit} more" if len(names) > limit else ""
             parts.append(f"{len(names)} {word}: {', '.join(names[:limit])}{more}")
     return "; ".join(parts) or None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Goes by the name, else by the content: the length of a JSON header, then the header."""
+    if path.suffix == ".safetensors":
+        return True
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_HEADER
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

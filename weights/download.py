@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 Progress = Callable[[int, "int | None"], None]
 """Called with the bytes on disk so far and the bytes in all (None while unknown)."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _TIMEOUT_SECONDS = 30.0  # without a byte arriving
 _ATTEMPTS = 4  # in a row, none of which brought a byte
 _BACKOFF_SECONDS = 1.0  # before the second attempt; doubles from there

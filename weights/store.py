@@ -4,6 +4,9 @@ Layout: `$ATTNSUITE_HOME/<name>/model.safetensors` beside `card.json` (where it 
 the variable, `attnsuite` in the user's cache folder. Official files are converted to safetensors on arrival, so
 whatever is read later can hold tensors only. A checkpoint appears in one step or not at all, and any number of
 processes may ask for the same one at once.
+
+With `$ATTNSUITE_MIRROR` set, `<mirror>/<name>.pth` is fetched instead of the published address: for machines that
+reach a server of their own but not the internet.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import datetime
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +27,8 @@ from .download import Progress, download
 from .manifest import Entry, WeightsError, entry
 
 __all__ = ["fetch", "home", "import_file", "path_of", "verify"]
+
+_logger = logging.getLogger(__name__)
 
 _FILE = "model.safetensors"
 _CARD = "card.json"
@@ -73,12 +79,13 @@ def fetch(name: str, *, progress: Progress | None = None, force: bool = False) -
     with _locked(e) as folder:
         if not force and (here := path_of(name)) is not None:
             return here  # another process was faster
-        part = folder / _PART
+        part, url = folder / _PART, _address(e)
         if force:
             part.unlink(missing_ok=True)
-        _download(e, part, progress)
-        state_dict = _read_arrived(e, part)
-        _install(e, folder, state_dict, source=str(e.url), official=part)
+        _logger.info("fetching %s from %s", e.name, url)
+        _download(e, url, part, progress)
+        state_dict = _read_arrived(e, url, part)
+        _install(e, folder, state_dict, source=url, official=part)
         part.unlink()
         return folder / _FILE
 
@@ -171,25 +178,30 @@ def _locked(e: Entry) -> Iterator[Path]:
         lock.release()
 
 
-def _download(e: Entry, part: Path, progress: Progress | None) -> None:
+def _address(e: Entry) -> str:
+    mirror = os.environ.get("ATTNSUITE_MIRROR")
+    return f"{mirror.rstrip('/')}/{e.name}.pth" if mirror else str(e.url)
+
+
+def _download(e: Entry, url: str, part: Path, progress: Progress | None) -> None:
     """Brings the official file into `part` and holds it against what the manifest knows of it."""
     try:
-        download(str(e.url), part, progress)
+        download(url, part, progress)
     except WeightsError as error:
         raise WeightsError(f"{error}. {_by_hand(e)}") from error
     if e.sha256 is not None and (found := _sha256(part)) != e.sha256:
         part.unlink()
         raise WeightsError(
-            f"{e.url} sent a file with sha256 {found}, expected {e.sha256}; it was discarded. {_by_hand(e)}"
+            f"{url} sent a file with sha256 {found}, expected {e.sha256}; it was discarded. {_by_hand(e)}"
         )
 
 
-def _read_arrived(e: Entry, part: Path) -> dict[str, Any]:
+def _read_arrived(e: Entry, url: str, part: Path) -> dict[str, Any]:
     try:
         return load_state_dict(part, key=e.key)
     except WeightsError as error:
         part.unlink()
-        raise WeightsError(f"{e.url} sent no usable checkpoint, it was discarded: {error}. {_by_hand(e)}") from error
+        raise WeightsError(f"{url} sent no usable checkpoint, it was discarded: {error}. {_by_hand(e)}") from error
 
 
 def _by_hand(e: Entry) -> str:
