@@ -61,18 +61,19 @@ class FileServer:
             self.log.append((416, start, 0))
             handler.send_error(416)
             return
-        handler.send_response(200 if start is None else 206)
+        status = 200 if start is None else 206
+        whole = self.content[start or 0 :]
+        body = whole[: self.cuts.pop(0)] if self.cuts else whole
+        self.log.append((status, start or 0, len(body)))
+        handler.send_response(status)
         if start is not None:
             handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
-        body = self.content[start or 0 :]
         if self.states_length:
-            handler.send_header("Content-Length", str(self.length_claimed or len(body)))
+            handler.send_header("Content-Length", str(self.length_claimed or len(whole)))
         if self.etag:
             handler.send_header("ETag", self.etag)
         handler.send_header("Content-Type", self.content_type)
         handler.end_headers()
-        body = body[: self.cuts.pop(0)] if self.cuts else body
-        self.log.append((200 if start is None else 206, start or 0, len(body)))
         self._send(handler, body)
         handler.close_connection = True
 

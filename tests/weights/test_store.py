@@ -144,7 +144,7 @@ def test_a_refusal_is_final_and_names_the_way_by_hand(server: FileServer, store:
 
 def test_a_dead_onedrive_link_is_explained(server: FileServer):
     server.statuses = [404]
-    with pytest.raises(weights.WeightsError, match="reported dead.*github.com/rayleizhu/BiFormer"):
+    with pytest.raises(weights.WeightsError, match=r"reported dead.*github\.com/rayleizhu/BiFormer"):
         weights.fetch("biformer_tiny")
 
 
@@ -229,7 +229,7 @@ def test_verify_notices_a_changed_file_a_lost_card_and_another_origin(
 ):
     path = weights.fetch(NAME)
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(weights.WeightsError, match="has changed since it arrived.*--force"):
+    with pytest.raises(weights.WeightsError, match=r"has changed since it arrived.*--force"):
         weights.verify(NAME)
     (store / NAME / "card.json").write_text("{}")
     with pytest.raises(weights.WeightsError, match=r"no readable card\.json"):
