@@ -17,9 +17,15 @@ ROOT = Path(__file__).parents[1]
 
 def python(code: str, *path: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Runs code with the given folders, then the checkout, at the head of the path."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "PYTHONSAFEPATH": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=check, env=env
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=check,
+        env=env,
+        cwd=path[0] if path else ROOT,
     )
 
 
