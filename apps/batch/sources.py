@@ -203,7 +203,7 @@ class Inputs:
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
-                    archive.members = []  # else the archive remembers every member it has passed
+                    archive.members = []  # pyright: ignore[reportAttributeAccessIssue] - else it remembers all members passed
                     if member.isdir() or not self._is_image(os.path.basename(member.name)):
                         continue
                     if member.isreg() and not member.issparse():

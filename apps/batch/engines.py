@@ -1,0 +1,150 @@
+"""The local engine: worker processes decode while this process runs the network.
+
+Batches come back in the order they were handed out, and only a few are under way at any time, so memory does not
+depend on how many inputs there are.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+from ..errors import Stopped
+from .decode import Decoder
+from .sources import Source
+from .stage import Batch, Row, Stage, decode
+
+__all__ = ["Stop", "run_local"]
+
+_PREFETCH = 2
+
+
+class Stop:
+    """Turns SIGINT and SIGTERM into a request to stop after the batch at hand; a second one stops at once.
+
+    Use as a context; outside it, signals do what they did before.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+
+def run_local(
+    stage: Stage,
+    sources: Iterator[Source],
+    emit: Callable[[Batch, list[Row]], None],
+    *,
+    batch_size: int,
+    workers: int,
+    stop: Stop,
+) -> None:
+    """Runs a stage over sources on this machine.
+
+    Args:
+        stage: The work.
+        sources: The inputs.
+        emit: Takes each batch with its rows, in order.
+        batch_size: Inputs a batch.
+        workers: Decode processes; 0 decodes in this one.
+        stop: Asked after every batch.
+
+    Raises:
+        Stopped: A worker died or the network failed; what was emitted before is whole.
+    """
+    try:
+        for batch in _decoded(stage.decoder, sources, batch_size, workers):
+            emit(batch, _rows(stage, batch))
+            if stop.signum is not None:
+                return
+    except RuntimeError as error:
+        if not _is_dead_worker(error):
+            raise
+        if stop.signum is None:  # a signal to the whole process group ends workers, too
+            raise Stopped(
+                f"a decode process died ({' '.join(str(error).split())}); too little memory is the usual reason: "
+                "try fewer --workers or a smaller --batch-size"
+            ) from error
+
+
+def _decoded(decoder: Decoder, sources: Iterator[Source], batch_size: int, workers: int) -> Iterator[Batch]:
+    from torch.utils.data import DataLoader
+
+    loader: Iterable[Batch] = DataLoader(
+        _Decoding(decoder),  # pyright: ignore[reportArgumentType] - all that is asked of it is __getitems__
+        batch_sampler=_Batches(sources, batch_size),
+        num_workers=workers,
+        collate_fn=_alone,
+        prefetch_factor=_PREFETCH if workers else None,
+        worker_init_fn=_start_worker if workers else None,
+    )
+    return iter(loader)
+
+
+class _Batches:
+    """Lists of sources, made when they are asked for; torch calls it a sampler of indices."""
+
+    def __init__(self, sources: Iterator[Source], batch_size: int) -> None:
+        self._sources = sources
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Source]]:
+        while batch := list(islice(self._sources, self._batch_size)):
+            yield batch
+
+
+class _Decoding:
+    """The decoder in the shape of a torch dataset whose indices are the sources themselves."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def __getitems__(self, sources: Sequence[Source]) -> list[Batch]:
+        return [decode(self._decoder, sources)]
+
+
+def _alone(batches: list[Batch]) -> Batch:
+    return batches[0]
+
+
+def _start_worker(index: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main process handles it and ends workers by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(10)  # on a busy machine the network goes first; decoding only has to keep up
+
+
+def _rows(stage: Stage, batch: Batch) -> list[Row]:
+    try:
+        return stage.rows(batch)
+    except (RuntimeError, MemoryError) as error:
+        if _is_dead_worker(error):
+            raise
+        first, reason = batch.sources[0].name, (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "try a smaller --batch-size" if "memory" in reason.lower() else "--debug shows where"
+        raise Stopped(f"the network failed on the batch that begins with {first}: {reason}; {hint}") from error
+
+
+def _is_dead_worker(error: BaseException) -> bool:
+    """torch raises this wherever the main process happens to be when a worker dies."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")

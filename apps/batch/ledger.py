@@ -1,0 +1,186 @@
+"""What a run has finished, kept beside its output, so that the same command can go on after any kind of end.
+
+The ledger of `labels.csv` is `labels.csv.ledger`: first the command, then a line a batch, with a digest of its inputs'
+names and stamps, and where its rows end in the journal. A batch counts as done once its line is complete, which is
+written after its rows. To go on, the inputs are listed anew and compared batch by batch; the first that differs is
+where work begins again. Memory stays the same whatever the number of inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
+from typing import Any
+
+from ..errors import UsageError
+from .sources import Source
+
+__all__ = ["Commit", "Kept", "Ledger", "digest", "digest_inputs"]
+
+_FORMAT = 1
+_PIECE = 1 << 20
+
+
+def digest(content: bytes) -> str:
+    """A short digest of bytes."""
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
+
+
+def digest_inputs(sources: Iterable[Source]) -> str:
+    """A digest of inputs, in order: names, and stamps that change with the content."""
+    text = "\n".join(source.key for source in sources)
+    return digest(text.encode("utf-8", "surrogateescape"))
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A finished batch: how many rows, how many of them errors, digests of inputs and journal bytes, their end."""
+
+    rows: int
+    failed: int
+    inputs: str
+    content: str
+    end: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of an earlier run still holds.
+
+    Attributes:
+        rows: Rows in its finished batches.
+        failed: How many of them have `status=error`.
+        end: Length of the journal up to there.
+        dropped: How many more rows it had that do not hold any more, since the inputs changed.
+        place: Length of the ledger up to there.
+    """
+
+    rows: int = 0
+    failed: int = 0
+    end: int = 0
+    dropped: int = 0
+    place: int = 0
+
+
+class Ledger:
+    """The ledger of one output; while it is open, no other process can open it.
+
+    Args:
+        output: Path of the output.
+        command: What the rows depend on; another command may not add to the same output.
+
+    Raises:
+        UsageError: Another run is writing this output, or its folder cannot be written to.
+    """
+
+    def __init__(self, output: str, command: dict[str, Any]) -> None:
+        self.path = f"{output}.ledger"
+        self._output = output
+        self._command = command
+        self._is_new = not os.path.exists(self.path)
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            folder = os.path.dirname(os.path.abspath(output))
+            raise UsageError(f"cannot write to the folder {folder}: {error.strerror}") from error
+        try:
+            # A record lock belongs to this process alone: decode workers may outlive a killed run by some seconds.
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise UsageError(f"another run is writing {output} right now; wait for it or choose another -o") from error
+
+    def differences(self) -> list[str] | None:
+        """How the command that made the output differs from this one; None if that is not known."""
+        first = next(self._lines(), b"")
+        try:
+            recorded = json.loads(first)["command"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        names = dict.fromkeys([*self._command, *recorded])
+        return [
+            f"{name} was {recorded.get(name)!r}, is {self._command.get(name)!r}"
+            for name in names
+            if recorded.get(name) != self._command.get(name)
+        ]
+
+    def resume(self, sources: Iterator[Source], journal: str | None) -> tuple[Kept, Iterator[Source]]:
+        """Finds out what of the recorded batches still holds.
+
+        Args:
+            sources: All inputs of the run.
+            journal: The journal to compare with; None if the output is finished and no journal is left.
+
+        Returns:
+            What is kept, and the inputs that come after it.
+
+        Raises:
+            UsageError: The journal is not what was written; somebody has edited it.
+        """
+        kept = Kept()
+        recorded = self._commits()
+        with contextlib.ExitStack() as stack:
+            written = stack.enter_context(open(journal, "rb")) if journal else None
+            for place, commit in recorded:
+                batch = list(islice(sources, commit.rows))
+                if len(batch) < commit.rows or digest_inputs(batch) != commit.inputs:
+                    dropped = commit.rows + sum(later.rows for _, later in recorded)
+                    return replace(kept, dropped=dropped), chain(batch, sources)
+                if written is not None:
+                    content = written.read(commit.end - kept.end)
+                    if len(content) < commit.end - kept.end:
+                        return kept, chain(batch, sources)
+                    if digest(content) != commit.content:
+                        raise UsageError(
+                            f"{self._output} was changed after row {kept.rows:,} by something else, so it cannot be "
+                            "added to; choose another -o, or --overwrite it"
+                        )
+                kept = Kept(kept.rows + commit.rows, kept.failed + commit.failed, commit.end, 0, place)
+        return kept, sources
+
+    def begin(self, kept: Kept) -> None:
+        """Starts to record, after the batches that are kept."""
+        os.ftruncate(self._fd, kept.place)
+        if not kept.place:
+            self._append(json.dumps({"attnsuite ledger": _FORMAT, "command": self._command}) + "\n")
+
+    def record(self, commit: Commit) -> None:
+        """Records a finished batch; its rows must have been written."""
+        self._append(json.dumps(asdict(commit)) + "\n")
+
+    def close(self) -> None:
+        """Lets other runs have the output. A ledger in which nothing was ever recorded goes."""
+        if self._is_new and not os.fstat(self._fd).st_size:
+            os.unlink(self.path)
+        os.close(self._fd)
+
+    def _append(self, text: str) -> None:
+        left = text.encode()
+        while left:
+            left = left[os.write(self._fd, left) :]
+
+    def _commits(self) -> Iterator[tuple[int, Commit]]:
+        """The batches with the length of the ledger after each."""
+        lines = self._lines()
+        place = len(next(lines, b"")) + 1
+        for line in lines:
+            try:
+                commit = Commit(**json.loads(line))
+            except (ValueError, TypeError):
+                return  # damaged: nothing after it counts
+            place += len(line) + 1
+            yield place, commit
+
+    def _lines(self) -> Iterator[bytes]:
+        """Complete lines. Read through the one handle there is: closing a second one would drop the lock."""
+        place, tail = 0, b""
+        while piece := os.pread(self._fd, _PIECE, place):
+            place += len(piece)
+            *lines, tail = (tail + piece).split(b"\n")
+            yield from lines

@@ -1,0 +1,241 @@
+"""Rows to disk or to the screen.
+
+A file sink appends encoded rows to a journal and tells how long it is; the ledger keeps count, so that a run can be
+cut anywhere and go on. For `.csv` and `.jsonl` the journal is the output itself. Parquet cannot be appended to: its
+journal is an Arrow stream beside the output, turned into the output in one step at the end.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from ..errors import UsageError
+from .stage import Column, Row
+
+__all__ = ["SUFFIXES", "CsvSink", "FileSink", "JsonlSink", "ParquetSink", "file_sink", "json_line", "stdout_writer"]
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+_ROW_GROUP = 16_384
+
+
+class FileSink(ABC):
+    """Appends rows to a journal file.
+
+    Args:
+        path: The output.
+        columns: All columns, in order.
+    """
+
+    def __init__(self, path: str, columns: Sequence[Column]) -> None:
+        self.path = path
+        self.columns = columns
+        self._file: io.FileIO | None = None
+        self._length = 0
+
+    @property
+    def journal(self) -> str:
+        """The file that rows are appended to."""
+        return self.path
+
+    def begin(self, length: int) -> None:
+        """Opens the journal and cuts it to the bytes that are known to be good."""
+        self._file = open(self.journal, "ab", buffering=0)
+        self._file.truncate(length)
+        self._length = length
+
+    def append(self, rows: Sequence[Row]) -> bytes:
+        """Writes rows and returns the bytes written, which have left this process when this returns.
+
+        Raises:
+            OSError: The disk is full, the folder gone, …
+        """
+        content = (b"" if self._length else self.header()) + self.encode(rows)
+        before = self._length
+        try:
+            self._write(content)
+        except OSError:
+            assert self._file is not None
+            self._file.truncate(before)  # a part of a row would help nobody
+            raise
+        return content
+
+    def finish(self) -> None:
+        """Makes the output complete and durable."""
+        assert self._file is not None
+        if not self._length:
+            self._write(self.header())
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Lets go of the journal; what was appended stays."""
+        if self._file is not None:
+            self._file.close()
+
+    @abstractmethod
+    def header(self) -> bytes:
+        """What stands before the first row."""
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        """Rows as they stand in the journal."""
+
+    def _write(self, content: bytes) -> None:
+        assert self._file is not None
+        left = memoryview(content)
+        while left:
+            left = left[self._file.write(left) :]
+        self._length += len(content)
+
+
+class CsvSink(FileSink):
+    """Comma-separated values with a header line; a list stands in its cell as JSON."""
+
+    def header(self) -> bytes:
+        return _csv_line([column.name for column in self.columns])
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        return b"".join(_csv_line([_csv_cell(row[column.name]) for column in self.columns]) for row in rows)
+
+
+class JsonlSink(FileSink):
+    """One JSON object a line."""
+
+    def header(self) -> bytes:
+        return b""
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        return b"".join(json_line(row, self.columns) for row in rows)
+
+
+class ParquetSink(FileSink):
+    """Parquet, through an Arrow stream beside it that rows are appended to."""
+
+    def __init__(self, path: str, columns: Sequence[Column]) -> None:
+        super().__init__(path, columns)
+        import pyarrow as pa
+
+        kinds = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64(), "floats": pa.list_(pa.float32())}
+        self._schema = pa.schema([(column.name, kinds[column.kind]) for column in columns])
+
+    @property
+    def journal(self) -> str:
+        return f"{self.path}.journal"
+
+    def header(self) -> bytes:
+        return self._schema.serialize().to_pybytes()
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        import pyarrow as pa
+
+        return pa.RecordBatch.from_pylist(list(rows), schema=self._schema).serialize().to_pybytes()
+
+    def finish(self) -> None:
+        super().finish()
+        self.close()
+        write_parquet(self.journal, self.path)
+        os.unlink(self.journal)
+
+
+def write_parquet(journal: str, path: str) -> None:
+    """Turns an Arrow stream into a Parquet file that appears in one step, in constant memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    part = f"{path}.part"
+    with pa.OSFile(journal) as stream, pa.ipc.open_stream(stream) as reader:
+        try:
+            with pq.ParquetWriter(part, reader.schema) as writer:
+                for table in _gathered(reader):
+                    writer.write_table(table)
+            with open(part, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(part, path)
+        except BaseException:
+            if os.path.exists(part):
+                os.unlink(part)
+            raise
+
+
+def file_sink(path: str, columns: Sequence[Column]) -> FileSink:
+    """The sink that fits the suffix of an output file.
+
+    Raises:
+        UsageError: The suffix is not one of `.csv`, `.jsonl`, `.parquet`.
+    """
+    sinks: dict[str, Callable[[str, Sequence[Column]], FileSink]] = {
+        ".csv": CsvSink,
+        ".jsonl": JsonlSink,
+        ".parquet": ParquetSink,
+    }
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in sinks:
+        raise UsageError(f"output {path!r} must end in {', '.join(SUFFIXES)}")
+    return sinks[suffix](path, columns)
+
+
+def json_line(row: Row, columns: Sequence[Column]) -> bytes:
+    """A row as one line of JSON, columns in order."""
+    cells = (f"{json.dumps(column.name)}: {_json_cell(row[column.name])}" for column in columns)
+    return f"{{{', '.join(cells)}}}\n".encode()
+
+
+def stdout_writer(stream: IO[str], columns: Sequence[Column], form: str) -> Callable[[Sequence[Row]], None]:
+    """Writes rows to a stream as they come.
+
+    Args:
+        stream: Usually standard output.
+        columns: All columns, in order.
+        form: `"csv"` or `"json"`.
+    """
+    if form == "csv":
+        stream.write(_csv_line([column.name for column in columns]).decode())
+
+    def write(rows: Sequence[Row]) -> None:
+        for row in rows:
+            line = json_line(row, columns) if form == "json" else _csv_line([_csv_cell(row[c.name]) for c in columns])
+            stream.write(line.decode())
+        stream.flush()
+
+    return write
+
+
+def _csv_line(cells: Sequence[Any]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue().encode()
+
+
+def _csv_cell(value: Any) -> Any:
+    return _json_numbers(value) if isinstance(value, np.ndarray) else value
+
+
+def _json_cell(value: Any) -> str:
+    return _json_numbers(value) if isinstance(value, np.ndarray) else json.dumps(value, ensure_ascii=False)
+
+
+def _json_numbers(vector: np.ndarray) -> str:
+    """Shortest digits that give the same float32 back: a third of what the same numbers take as doubles."""
+    return f"[{', '.join(vector.astype(np.str_).tolist())}]"
+
+
+def _gathered(reader: Any) -> Iterator[Any]:
+    """The batches of a stream, put together to row groups of a useful size."""
+    import pyarrow as pa
+
+    waiting, count = [], 0
+    for batch in reader:
+        waiting.append(batch)
+        count += batch.num_rows
+        if count >= _ROW_GROUP:
+            yield pa.Table.from_batches(waiting)
+            waiting, count = [], 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)

@@ -1,0 +1,155 @@
+"""The `attnsuite` command: parse, call, print. What is heavy is imported by the verb that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options as opt
+from .errors import Stopped, UsageError
+
+if TYPE_CHECKING:
+    from .batch.job import Summary
+
+__all__ = ["app", "main"]
+
+_DEFAULT_MODEL = "tf_efficientnet_lite0"
+
+app = typer.Typer(
+    name="attnsuite",
+    help="Published vision attention, ready to use: label, embed and explain images; list models; keep weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+weights_app = typer.Typer(help="The checkpoint store: list, fetch, import, verify.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@app.command()
+def classify(
+    inputs: opt.Images,
+    output: opt.Output = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Labels an image; 5, or all if there are fewer.", show_default=False)
+    ] = None,
+    model: opt.Model = _DEFAULT_MODEL,
+    checkpoint: opt.Checkpoint = None,
+    random_weights: opt.RandomWeights = False,
+    recursive: opt.Recursive = True,
+    glob: opt.Glob = None,
+    limit: opt.Limit = None,
+    as_json: opt.Json = False,
+    resume: opt.Resume = True,
+    overwrite: opt.Overwrite = False,
+    batch_size: opt.BatchSize = None,
+    workers: opt.Workers = None,
+    threads: opt.Threads = None,
+    device: opt.Device = "auto",
+    amp: opt.Amp = False,
+    compile_model: opt.Compile = False,
+    debug: opt.Debug = False,
+) -> None:
+    """The most likely labels of every image.
+
+    Example: attnsuite classify photos -o labels.csv
+    """
+    with _guarded(debug):
+        from .classify import Classify
+        from .models import ModelChoice
+        from .run import RunOptions, run
+
+        options = RunOptions(
+            inputs, output, ModelChoice(model, checkpoint, random_weights), batch_size, workers, device, amp,
+            compile_model, recursive, glob, limit, as_json, resume, overwrite, threads,
+        )  # fmt: skip
+        summary = run("classify", options, lambda net, compute, _: Classify(net, compute, top_k), {"top_k": top_k})
+        _finish(summary, as_json)
+
+
+@app.command()
+def embed(
+    inputs: opt.Images,
+    output: opt.Output = None,
+    stage: Annotated[
+        int | None,
+        typer.Option(
+            help="Average over this stage's map (0 is the first), not what enters the classifier.", show_default=False
+        ),
+    ] = None,
+    model: opt.Model = _DEFAULT_MODEL,
+    checkpoint: opt.Checkpoint = None,
+    random_weights: opt.RandomWeights = False,
+    recursive: opt.Recursive = True,
+    glob: opt.Glob = None,
+    limit: opt.Limit = None,
+    as_json: opt.Json = False,
+    resume: opt.Resume = True,
+    overwrite: opt.Overwrite = False,
+    batch_size: opt.BatchSize = None,
+    workers: opt.Workers = None,
+    threads: opt.Threads = None,
+    device: opt.Device = "auto",
+    amp: opt.Amp = False,
+    compile_model: opt.Compile = False,
+    debug: opt.Debug = False,
+) -> None:
+    """The features of every image as one vector.
+
+    Example: attnsuite embed photos -o features.parquet
+    """
+    with _guarded(debug):
+        from .embed import Embed
+        from .models import ModelChoice
+        from .run import RunOptions, run
+
+        options = RunOptions(
+            inputs, output, ModelChoice(model, checkpoint, random_weights), batch_size, workers, device, amp,
+            compile_model, recursive, glob, limit, as_json, resume, overwrite, threads,
+        )  # fmt: skip
+        summary = run("embed", options, lambda net, compute, _: Embed(net, compute, stage), {"stage": stage})
+        _finish(summary, as_json)
+
+
+def _finish(summary: Summary, as_json: bool) -> None:
+    from .console import print_summary
+
+    print_summary(summary, as_json)
+    raise typer.Exit(1 if summary.failed else 0)
+
+
+@contextlib.contextmanager
+def _guarded(debug: bool) -> Iterator[None]:
+    """Turns every way a verb can end into its exit code and one line; `--debug` lets errors through."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except BrokenPipeError:
+        # The reader has gone, as in `attnsuite … | head`; Python must not try to flush to it on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except (UsageError, Stopped) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"internal error: {type(error).__name__}: {error} (--debug shows where)", err=True)
+        raise typer.Exit(3) from None
