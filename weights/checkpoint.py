@@ -38,7 +38,12 @@ class _InertNode:
         return OrderedDict()
 
 
-_STAND_INS = ("yacs.config.CfgNode", "argparse.Namespace")
+def _inert(module: str, name: str) -> Any:
+    """A stand-in that the unpickler finds under the name of the class it replaces."""
+    return type(name, (_InertNode,), {"__module__": module, "__qualname__": name})
+
+
+_STAND_INS = (_inert("yacs.config", "CfgNode"), _inert("argparse", "Namespace"))
 
 
 def load_state_dict(path: str | os.PathLike[str], *, key: str | None = None) -> dict[str, Tensor]:
@@ -124,9 +129,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> Any:
     import torch
 
-    stand_ins: list[Any] = [(_InertNode, name) for name in _STAND_INS]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(list(_STAND_INS)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(_why_unreadable(path, error)) from error
