@@ -5,7 +5,7 @@
     import attnsuite, timm
 
     model = timm.create_model("biformer_small", pretrained=True)
-    attention = attnsuite.vision.BiLevelRoutingAttention(64)
+    attention = attnsuite.vision.biformer.BiLevelRoutingAttention(64)
 
 The packages are installed under general names (`vision`, `weights`), which another project on the path may use as
 well. So their place is checked before anything of them runs, and a foreign one is reported, not imported.

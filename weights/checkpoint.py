@@ -51,7 +51,7 @@ def load_state_dict(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
     Args:
         path: A `.safetensors` file, or anything `torch.save` wrote (`.pth`, `.pt`, `.bin`, `.tar`).
-        key: Where the state dict lies inside the file. None tries `model`, then `state_dict`, then the file itself.
+        key: Where the state dict lies inside the file, if known. Tried before `model`, `state_dict` and the file itself.
 
     Returns:
         Name to tensor. A `module.` that stands before every name is removed.
@@ -72,13 +72,22 @@ def save_state_dict(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapp
     """Writes tensors as safetensors, durably: the bytes are on disk when this returns.
 
     Tensors that share memory are written once each; safetensors has no notion of views.
+
+    Raises:
+        WeightsError: The file cannot be written, or not whole.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state_dict.items()}
-    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    except (SafetensorError, OSError) as error:  # the writer wraps what the system says
+        raise WeightsError(
+            f"cannot write {path} ({_first_line(error)}); make room or choose a folder that you may write to"
+        ) from error
 
 
 def differences(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: int = 5) -> str | None:
@@ -164,7 +173,7 @@ def _unwrap(content: Any, key: str | None, path: Path) -> dict[str, Tensor]:
     """Finds the state dict inside a training checkpoint."""
     import torch
 
-    keys = (key,) if key is not None else _NESTING_KEYS
+    keys = tuple(dict.fromkeys((*([key] if key else []), *_NESTING_KEYS)))
     if isinstance(content, Mapping):
         nested = next((content[k] for k in keys if isinstance(content.get(k), Mapping)), content)
         if nested and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in nested.items()):

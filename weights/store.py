@@ -241,7 +241,7 @@ def _check_fits(e: Entry, file: Path, source: str) -> None:
     overlay = {"file": str(file)}
     try:
         timm.create_model(e.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **e.model_args)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
         shown = " ".join(line if len(line) < 200 else f"{line[:200]}…" for line in lines[:4])
         more = f" (and {len(lines) - 4} lines more)" if len(lines) > 4 else ""

@@ -17,6 +17,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """The server, made the mirror from which every checkpoint is fetched."""
     server = FileServer()
     monkeypatch.setenv("ATTNSUITE_MIRROR", server.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
     server.http.shutdown()
     server.http.server_close()

@@ -9,6 +9,7 @@ import timm
 import torch
 from file_server import FileServer
 from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock
 
@@ -142,11 +143,11 @@ def test_an_official_file_arrives_in_a_model_of_ours(server: FileServer, monkeyp
 def classify(sample: str) -> list[tuple[str, float]]:
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(weights.state_dict_for("tf_efficientnet_lite0", model))
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
     with torch.inference_mode():
         photograph = Image.open(SAMPLES / sample).convert("RGB")
         probs = model(transform(photograph).unsqueeze(0)).softmax(-1)[0]
-    names = timm.data.ImageNetInfo()
+    names = ImageNetInfo()
     return [(names.index_to_description(int(i)), float(probs[i])) for i in probs.argsort(descending=True)[:3]]
 
 

@@ -266,6 +266,26 @@ except weights.WeightsError as error:
     assert weights.path_of(NAME) is None
 
 
+def test_a_disk_that_fills_up_during_conversion_keeps_the_checkpoint_that_was_there(
+    store: Path, official: bytes, tensors, tmp_path: Path
+):
+    weights.fetch(NAME)
+    (tmp_path / "new.pth").write_bytes(official)
+    code = f"""
+import resource, weights
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+try:
+    weights.import_file({NAME!r}, {str(tmp_path / "new.pth")!r})
+except weights.WeightsError as error:
+    raise SystemExit(str(error))
+"""
+    process = run_python(code)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "cannot write" in said and "make room" in said, said
+    check_store(store, tensors)
+    assert weights.verify(NAME) == "ok (not pinned)"
+
+
 def test_a_store_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official: bytes):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ATTNSUITE_HOME", str(tmp_path / "file"))
@@ -322,6 +342,12 @@ def test_import_takes_the_official_file(store: Path, official: bytes, tensors, t
     check_store(store, tensors)
     assert file.exists(), "the user's file is theirs"
     assert json.loads((store / NAME / "card.json").read_text())["source"] == "litv2_s.pth"
+
+
+def test_import_takes_other_layouts_of_the_same_names(store: Path, tensors, tmp_path: Path):
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "dense.pth")
+    weights.import_file(NAME, tmp_path / "dense.pth")
+    check_store(store, tensors)
 
 
 def test_import_refuses_what_is_no_checkpoint_or_needs_none(tmp_path: Path):
