@@ -51,7 +51,7 @@ def load_state_dict(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
     Args:
         path: A `.safetensors` file, or anything `torch.save` wrote (`.pth`, `.pt`, `.bin`, `.tar`).
-        key: Where the state dict lies inside the file, if known. Tried before `model`, `state_dict` and the file itself.
+        key: Where the state dict lies, if known; tried before `model`, `state_dict` and the file itself.
 
     Returns:
         Name to tensor. A `module.` that stands before every name is removed.
