@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weights import WeightsError
+
 from . import options as opt
 from .errors import Stopped, UsageError
 
@@ -122,6 +124,141 @@ def embed(
         _finish(summary, as_json)
 
 
+@app.command()
+def explain(
+    inputs: opt.Images,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for pictures and rows.jsonl.", show_default=False),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(help="Class to explain, by name or index; else the most likely.", show_default=False),
+    ] = None,
+    opacity: Annotated[float, typer.Option(min=0, max=1, help="How strongly heat covers the picture.")] = 0.6,
+    npy: Annotated[bool, typer.Option("--npy", help="Also write the bare maps as .npy.")] = False,
+    model: opt.Model = _DEFAULT_MODEL,
+    checkpoint: opt.Checkpoint = None,
+    random_weights: opt.RandomWeights = False,
+    recursive: opt.Recursive = True,
+    glob: opt.Glob = None,
+    limit: opt.Limit = None,
+    as_json: opt.Json = False,
+    resume: opt.Resume = True,
+    overwrite: opt.Overwrite = False,
+    batch_size: opt.BatchSize = None,
+    workers: opt.Workers = None,
+    threads: opt.Threads = None,
+    device: opt.Device = "auto",
+    amp: opt.Amp = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Heat maps over every image: what the network looks at.
+
+    Example: attnsuite explain photos -o maps --target "tabby cat"
+    """
+    with _guarded(debug):
+        from .explain import Explain, rows_file
+        from .models import ModelChoice
+        from .run import RunOptions, run
+
+        options = RunOptions(
+            inputs, rows_file(output), ModelChoice(model, checkpoint, random_weights), batch_size, workers, device, amp,
+            False, recursive, glob, limit, as_json, resume, overwrite, threads,
+        )  # fmt: skip
+        summary = run(
+            "explain",
+            options,
+            lambda net, compute, sources: Explain(net, compute, output, sources.root, target, opacity, npy),
+            {"target": target, "opacity": opacity, "npy": npy},
+            cpu_batch=8,
+            gpu_batch=32,
+        )
+        _finish(summary, as_json)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a pattern such as '*_tiny'.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of timm's models, not only this suite's.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on stdout.")] = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Models with their size, published accuracy, and where their weights are.
+
+    Example: attnsuite models litv2
+    """
+    with _guarded(debug):
+        from .catalog import catalog
+        from .console import print_models
+
+        print_models(catalog(pattern, everything), as_json)
+
+
+@weights_app.command("list")
+def weights_list(
+    pattern: Annotated[str | None, typer.Argument(help="Pattern on the name, such as 'litv2*'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on stdout.")] = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Checkpoints this suite knows, and which of them are here.
+
+    Example: attnsuite weights list 'biformer*'
+    """
+    with _guarded(debug):
+        from .checkpoints import known
+        from .console import print_checkpoints
+
+        print_checkpoints(known(pattern), as_json)
+
+
+@weights_app.command("fetch")
+def weights_fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Checkpoints or models.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Fetch again what is here.")] = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Download checkpoints; a broken download goes on where it stopped.
+
+    Example: attnsuite weights fetch litv2_small biformer_tiny
+    """
+    with _guarded(debug):
+        from .checkpoints import fetch
+
+        raise typer.Exit(fetch(names, force))
+
+
+@weights_app.command("import")
+def weights_import(
+    name: Annotated[str, typer.Argument(help="The checkpoint that the file is.", show_default=False)],
+    file: Annotated[str, typer.Argument(help="The official file, downloaded by other means.", show_default=False)],
+    debug: opt.Debug = False,
+) -> None:
+    """Take an official file that is on this machine already into the store.
+
+    Example: attnsuite weights import litv2_small litv2_s.pth
+    """
+    with _guarded(debug):
+        from .checkpoints import take
+
+        take(name, file)
+
+
+@weights_app.command("verify")
+def weights_verify(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]…", help="Else all that are here.")] = None,
+    debug: opt.Debug = False,
+) -> None:
+    """Compare checkpoints on this machine with their digests.
+
+    Example: attnsuite weights verify
+    """
+    with _guarded(debug):
+        from .checkpoints import verify
+
+        raise typer.Exit(verify(names))
+
+
 def _finish(summary: Summary, as_json: bool) -> None:
     from .console import print_summary
 
@@ -143,11 +280,11 @@ def _guarded(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
-    except (UsageError, Stopped) as error:
+    except (UsageError, Stopped, WeightsError) as error:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+        raise typer.Exit(getattr(error, "exit_code", 2)) from None
     except Exception as error:
         if debug:
             raise

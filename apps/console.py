@@ -28,8 +28,18 @@ if TYPE_CHECKING:
     from .batch.job import Summary
     from .batch.sources import Inputs
     from .batch.stage import Column, Row, Stage
+    from .catalog import ModelFacts
 
-__all__ = ["FetchBar", "RowTable", "RowText", "RunReport", "print_summary", "stderr"]
+__all__ = [
+    "FetchBar",
+    "RowTable",
+    "RowText",
+    "RunReport",
+    "print_checkpoints",
+    "print_models",
+    "print_summary",
+    "stderr",
+]
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -162,6 +172,55 @@ def print_summary(summary: Summary, as_json: bool) -> None:
             "images_per_second": round(summary.rate, 3),
         }
         print(json.dumps(facts), file=sys.stdout)
+
+
+def print_models(facts: list[ModelFacts], as_json: bool) -> None:
+    """The list of models on stdout."""
+    if as_json:
+        print(json.dumps([fact.as_dict() for fact in facts], indent=1))
+        return
+    table = _table("name", "family", "params (M)", "GMACs", "top-1", "weights")
+    for fact in facts:
+        numbers = ("" if value is None else f"{value:g}" for value in (fact.params, fact.gmacs, fact.top1))
+        table.add_row(fact.name, fact.family, *numbers, _where(fact.source, fact.here))
+    _print_wide(table)
+
+
+def print_checkpoints(facts: list[dict[str, object]], as_json: bool) -> None:
+    """The list of checkpoints on stdout."""
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    table = _table("name", "family", "top-1", "licence", "sha256", "weights")
+    for fact in facts:
+        pinned = "pinned" if fact["pinned"] else "not pinned"
+        top1 = "" if fact["top1"] is None else f"{fact['top1']:g}"
+        where = str(fact["path"] or fact["source"])
+        state = _where(where, fact["path"] is not None)
+        table.add_row(str(fact["name"]), str(fact["family"]), top1, str(fact["license"]), pinned, state)
+    _print_wide(table)
+
+
+def _where(source: str | None, here: bool) -> str:
+    if source is None:
+        return "none published"
+    return f"here ({source})" if here else source
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in headers:
+        is_number = header in ("params (M)", "GMACs", "top-1")
+        table.add_column(header, justify="right" if is_number else "left", no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def _print_wide(table: Table) -> None:
+    """A table as wide as the terminal, or as itself where nobody reads it on one."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000
+    console.print(table, crop=False)
 
 
 class FetchBar:

@@ -1,0 +1,140 @@
+"""`attnsuite models`: what there is, how large it is, and whether its weights are here."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import UsageError
+from .models import DEFAULT_MODEL
+
+__all__ = ["ModelFacts", "catalog"]
+
+# Measuring means building, about a tenth of a second a model: too long for all of timm at once.
+_MEASURED_AT_MOST = 60
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One line of the list.
+
+    Attributes:
+        name: Name for `--model`.
+        family: The method, or timm's module.
+        params: Parameters in millions; None if not measured.
+        gmacs: Multiply-accumulates of one image in billions, at the model's own size; None if not measured.
+        top1: Published ImageNet-1K accuracy in per cent.
+        source: Where weights come from; None if none are published.
+        here: Whether they are on this machine.
+    """
+
+    name: str
+    family: str
+    params: float | None
+    gmacs: float | None
+    top1: float | None
+    source: str | None
+    here: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def catalog(pattern: str | None, everything: bool) -> list[ModelFacts]:
+    """Lists models.
+
+    Args:
+        pattern: Shell pattern on the name; a bare word matches anywhere in it.
+        everything: All of timm's models, not only those of this suite.
+
+    Returns:
+        One entry a name.
+
+    Raises:
+        UsageError: Nothing matches.
+    """
+    import attnsuite  # noqa: F401 - registers our models
+
+    names = _ours() if not everything else _all()
+    if pattern is not None:
+        wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+        names = [name for name in names if fnmatch.fnmatch(name, wanted)]
+    if not names:
+        hint = "" if everything else " of this suite (--all also searches timm's)"
+        raise UsageError(f"no model{hint} is called like {pattern!r}")
+    return [_facts(name, measured=len(names) <= _MEASURED_AT_MOST) for name in names]
+
+
+def _ours() -> list[str]:
+    """Our architectures, and the classifier that is the default of every verb."""
+    import timm
+
+    names = timm.list_models()
+    own = [name for name in names if timm.model_entrypoint(name).__module__.partition(".")[0] == "vision"]
+    return [*own, DEFAULT_MODEL]
+
+
+def _all() -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
+def _facts(name: str, measured: bool) -> ModelFacts:
+    import timm
+
+    import weights
+
+    params, gmacs = _measure(name) if measured else (None, None)
+    entry = next((e for e in weights.entries() if e.default and e.architecture == name), None)
+    if entry is None:
+        module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+        return ModelFacts(name, module, params, gmacs, None, *_published(name))
+    source = entry.url if entry.source == "url" else f"package {entry.distribution}"
+    here = weights.path_of(entry.name) is not None
+    return ModelFacts(name, entry.family, params, gmacs, entry.top1, source, here)
+
+
+def _published(architecture: str) -> tuple[str | None, bool]:
+    """Where timm's default weights of an architecture come from, and whether they are in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(architecture)
+    if config is None or not config.has_weights:
+        return None, False
+    if config.hf_hub_id:
+        file = config.hf_hub_filename or "model.safetensors"
+        return f"huggingface.co/{config.hf_hub_id}", isinstance(try_to_load_from_cache(config.hf_hub_id, file), str)
+    url = config.url[0] if isinstance(config.url, tuple) else config.url
+    return url, False
+
+
+def _measure(name: str) -> tuple[float, float | None]:
+    """Parameters (M) and multiply-accumulates (G), counted on tensors without storage."""
+    import timm
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # initialisers warn that there is nothing to initialise
+        with torch.device("meta"):
+            model: Any = timm.create_model(name).eval()
+            image = torch.empty(1, *model.pretrained_cfg["input_size"])
+        params = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deformable})
+        try:
+            with torch.inference_mode(), counter:
+                model(image)
+        except (RuntimeError, NotImplementedError):  # a few of timm's models compute with values while they run
+            return params, None
+    return params, round(counter.get_total_flops() / 2e9, 2)
+
+
+def _deformable(image: Any, weight: Any, *rest: Any, out_shape: Any, **options: Any) -> int:
+    """Cost of a deformable convolution, which torch's counter does not know, without its interpolation."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])

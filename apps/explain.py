@@ -1,0 +1,190 @@
+"""`attnsuite explain`: where in every image the network looks, as a heat map over the picture."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from .batch.decode import View
+from .batch.sources import Source, encode_path
+from .batch.stage import Batch, Column, Compute, Row, Stage
+from .errors import UsageError
+from .models import Network
+
+__all__ = ["Explain", "blend", "class_index", "rows_file"]
+
+_VIEW_SIZE = 768
+# A name that cannot be written is one input's problem; anything else (a full disk, no permission) is the run's.
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ)
+
+
+class Explain(Stage):
+    """Heat maps for the most likely class, or for one that is asked for.
+
+    Args:
+        network: The network with its labels and preprocessing.
+        compute: How to run it.
+        folder: Where pictures go, under the names of the inputs below `root`.
+        root: The deepest folder that holds all inputs.
+        target: A class to explain, by index or name; None for the most likely one.
+        opacity: How strongly the hottest spot covers the picture, from 0 to 1.
+        raw: Also write the bare map as `.npy`.
+
+    Raises:
+        UsageError: The network has no such class.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        compute: Compute,
+        folder: str,
+        root: str,
+        target: str | None = None,
+        opacity: float = 0.6,
+        raw: bool = False,
+    ) -> None:
+        super().__init__(network, compute, _VIEW_SIZE)
+        self.target = None if target is None else class_index(network, target)
+        self._folder = folder
+        self._root = root
+        self._opacity = opacity
+        self._raw = raw
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """`label, prob, heatmap`, and `array` if the bare maps are written."""
+        own = (Column("label", "text"), Column("prob", "number"), Column("heatmap", "text"))
+        return (*own, Column("array", "text")) if self._raw else own
+
+    def run(self, images: torch.Tensor, batch: Batch, places: Sequence[int]) -> list[Row]:
+        """Finds the classes, asks for their maps, and writes one picture an image."""
+        from vision.explain import heatmap
+
+        labels: list[Row] = [{"label": None, "prob": None}] * len(images)
+        targets = None
+        if self.network.labels:
+            probabilities = self.forward(images).softmax(dim=1)
+            targets = probabilities.argmax(dim=1)
+            if self.target is not None:
+                targets = torch.full_like(targets, self.target)
+            chosen = probabilities.gather(1, targets[:, None]).squeeze(1)
+            labels = [
+                {"label": self.network.labels[index], "prob": round(prob, 6)}
+                for index, prob in zip(targets.tolist(), chosen.tolist(), strict=True)
+            ]
+        with self.autocast():
+            maps = heatmap(self.module, images, targets).float().cpu().numpy()
+        return [
+            {**label, **self._written(batch.sources[place], batch.decoded[place].view, heat)}
+            for label, place, heat in zip(labels, places, maps, strict=True)
+        ]
+
+    def describe(self, row: Row) -> str:
+        """Label and where the picture is."""
+        label = f"{row['label']} {row['prob']:.1%} " if row["label"] else ""
+        return f"{label}→ {row['heatmap']}"
+
+    def _written(self, source: Source, view: View | None, heat: np.ndarray) -> Row:
+        assert view is not None
+        if not np.isfinite(heat).all():
+            return {"error": "the heat map holds values that are not numbers; run it without --amp"}
+        base = os.path.join(self._folder, _relative(source, self._root))
+        try:
+            os.makedirs(os.path.dirname(base), exist_ok=True)
+            _write_png(f"{base}.png", blend(view, heat, self._opacity))
+            row: Row = {"heatmap": encode_path(f"{base}.png")}
+            if self._raw:
+                np.save(f"{base}.npy", heat.astype(np.float32))
+                row["array"] = encode_path(f"{base}.npy")
+        except OSError as error:
+            if error.errno not in _NAME_ERRORS:
+                raise
+            return {"error": f"cannot write the heat map: {error.strerror}"}
+        return row
+
+
+def rows_file(folder: str) -> str:
+    """Makes the output folder and names the file of rows in it.
+
+    Raises:
+        UsageError: It cannot be made.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the output folder {folder}: {error.strerror}") from error
+    return os.path.join(folder, "rows.jsonl")
+
+
+def class_index(network: Network, target: str) -> int:
+    """The class of that index or name.
+
+    Args:
+        network: A network with labels.
+        target: `"281"`, `"tabby"` or `"tabby, tabby cat"`.
+
+    Raises:
+        UsageError: There is none, or the name fits several.
+    """
+    labels = network.labels
+    if not labels:
+        raise UsageError(f"{network.label} has no classes, so there is no --target to choose")
+    if target.isdigit():
+        if int(target) >= len(labels):
+            raise UsageError(f"--target {target}: {network.label} has the classes 0 to {len(labels) - 1}")
+        return int(target)
+    wanted = target.casefold()
+    folded = [label.casefold() for label in labels]
+    found = [i for i, label in enumerate(folded) if wanted in (label, *label.split(", "))]
+    found = found or [i for i, label in enumerate(folded) if wanted in label]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(f"--target {target!r} is no class of {network.label}; give its index or its name")
+    several = ", ".join(f"{index} ({labels[index]})" for index in found[:5])
+    raise UsageError(f"--target {target!r} fits {len(found)} classes: {several}; give the index")
+
+
+def blend(view: View, heat: np.ndarray, opacity: float) -> np.ndarray:
+    """Lays a heat map over the part of a picture that the network saw; cold places keep the picture's own colour.
+
+    Args:
+        view: The picture and that part of it.
+        heat: `(H, W)`, from 0 to 1.
+        opacity: Of the hottest places, from 0 to 1.
+
+    Returns:
+        `(height, width, 3)`, uint8, RGB.
+    """
+    height, width = view.picture.shape[:2]
+    left, top, right, bottom = (round(edge) for edge in view.box)
+    size = (max(right - left, 1), max(bottom - top, 1))
+    grown = cv2.resize(heat.astype(np.float32), size, interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    field = np.zeros((height, width), np.float32)
+    inside = grown[max(-top, 0) : height - top, max(-left, 0) : width - left]
+    y, x = max(top, 0), max(left, 0)
+    field[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    colours = cv2.applyColorMap((field * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    cover = (opacity * np.sqrt(field))[..., None]
+    return (view.picture * (1 - cover) + colours * cover).round().astype(np.uint8)
+
+
+def _relative(source: Source, root: str) -> str:
+    """Where an input lies below the root, in a form that cannot lead out of an output folder."""
+    name = os.path.relpath(os.path.abspath(source.path), root)
+    if source.member is not None:
+        name = os.path.join(name, source.member)
+    return os.path.join(*("__" if part == os.pardir else part for part in name.split(os.sep) if part not in ("", ".")))
+
+
+def _write_png(path: str, picture: np.ndarray) -> None:
+    done, content = cv2.imencode(".png", picture[..., ::-1])
+    assert done
+    with open(path, "wb") as file:
+        file.write(content.tobytes())
