@@ -129,7 +129,7 @@ def entry(name: str) -> Entry:
     for candidate in listed.values():
         if candidate.default and candidate.architecture == name:
             return candidate
-    names = [*listed, *(e.architecture for e in listed.values() if e.default)]
+    names = listed if "." in name else [e.architecture for e in listed.values() if e.default]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise WeightsError(f"no checkpoint named {name!r} is known{hint} (`attnsuite weights list` shows all)")

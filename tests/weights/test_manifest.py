@@ -42,8 +42,12 @@ def test_a_bare_architecture_means_its_default():
 
 
 def test_a_misspelt_name_is_answered_with_near_ones():
-    with pytest.raises(weights.WeightsError, match=r"litv2_smal.*did you mean litv2_small"):
+    with pytest.raises(weights.WeightsError, match=r"'litv2_smal' is known; did you mean litv2_small"):
         weights.entry("litv2_smal")
+    with pytest.raises(weights.WeightsError, match=r"did you mean litv2_small\.in1k"):
+        weights.entry("litv2_smal.in1k")
+    with pytest.raises(weights.WeightsError, match=r"'zzz' is known \("):
+        weights.entry("zzz")
 
 
 def test_pattern_selects_by_name_or_architecture():
