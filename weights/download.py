@@ -113,6 +113,8 @@ def _transfer(url: str, part: Path, progress: Progress | None) -> None:
             offset, offered = _where_it_starts(response, url, held, version)
             _refuse_web_page(response, url)
             _check_space(part, offset, offered.total)
+            if not offset:
+                part.unlink(missing_ok=True)  # before the note says anything new: a kill may come between
             _write_note(part, offered)
             _stream(response, part, offset, offered.total, progress)
     except urllib.error.HTTPError as error:

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,24 @@ def _download(e: Entry, url: str, part: Path, progress: Progress | None) -> None
 
 def _read_arrived(e: Entry, url: str, part: Path) -> dict[str, Any]:
     try:
+        _check_sums(part)
         return load_state_dict(part, key=e.key)
     except WeightsError as error:
         part.unlink()
         raise WeightsError(f"{url} sent no usable checkpoint, it was discarded: {error}. {_by_hand(e)}") from error
+
+
+def _check_sums(part: Path) -> None:
+    """Holds a zip archive, which most checkpoints are, against its own sums; torch does not look at them."""
+    if not zipfile.is_zipfile(part):
+        return
+    try:
+        with zipfile.ZipFile(part) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise WeightsError(f"{part} is a damaged archive ({error})") from error
+    if damaged is not None:
+        raise WeightsError(f"{part} was damaged on its way: {damaged} does not match its checksum")
 
 
 def _by_hand(e: Entry) -> str:

@@ -206,6 +206,14 @@ def test_what_is_no_checkpoint_is_discarded_and_a_later_try_can_succeed(
     check_store(store, tensors)
 
 
+def test_a_byte_that_changed_on_the_way_is_noticed_without_a_pinned_digest(server: FileServer, official: bytes):
+    middle = len(official) // 2
+    server.content = official[:middle] + bytes([official[middle] ^ 0xFF]) + official[middle + 1 :]
+    with pytest.raises(weights.WeightsError, match="damaged on its way"):
+        weights.fetch(NAME)
+    assert weights.path_of(NAME) is None
+
+
 def test_a_truncated_file_of_unstated_length_is_noticed(server: FileServer, official: bytes):
     server.states_length, server.cuts = False, [len(official) // 2]
     with pytest.raises(weights.WeightsError, match="no usable checkpoint"):
