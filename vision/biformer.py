@@ -94,7 +94,7 @@ def routed_attention(
 
     q, k, v = (_to_regions(t, size, num_heads) for t in (q, k, v))  # [B, R, heads, n, d]
     k, v = _gather_regions(k, index), _gather_regions(v, index)  # [B * R * heads, topk * n, d]
-    attn = (q.flatten(0, 2) @ k.transpose(1, 2) * scale).softmax(-1)  # [B * R * heads, n, topk * n]
+    attn = ((q * scale).flatten(0, 2) @ k.transpose(1, 2)).softmax(-1)  # [B * R * heads, n, topk * n]
     x = (attn @ v).reshape(B, *grid, num_heads, *size, C // num_heads)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, C)
 
@@ -184,6 +184,7 @@ class BiLevelRoutingAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.dim = dim
         self.num_heads = num_heads
         self.n_win = n_win
         self.qk_dim = qk_dim or dim
@@ -197,22 +198,18 @@ class BiLevelRoutingAttention(nn.Module):
         self.wo = nn.Linear(dim, dim, **dd)
         self.tap = AttentionTap()
 
-    def route(self, x: Tensor) -> Tensor:
-        """The regions that each region of `x` attends to.
+    def route(self, qkv: Tensor) -> Tensor:
+        """The regions that each region attends to.
 
         Args:
-            x: `[B, H, W, C]`; H and W are multiples of `n_win`.
+            qkv: queries, keys and values side by side, `[B, H, W, 2 * qk_dim + C]`; H and W are multiples of `n_win`.
 
         Returns:
             Indices, `[B, n_win ** 2, topk]`.
         """
-        B, H, W, C = x.shape
-        S = self.n_win
-        means = x.detach().reshape(B, S, H // S, S, W // S, C).mean((2, 4)).reshape(B, S * S, C)
-        # The mean of a linear map is the map of the mean: 49 rows to project instead of all.
-        linear = self.qkv.qkv
-        rows = slice(0, 2 * self.qk_dim)
-        q, k = F.linear(means, linear.weight[rows].detach(), linear.bias[rows].detach()).chunk(2, dim=-1)
+        size = qkv.shape[1] // self.n_win, qkv.shape[2] // self.n_win
+        means = F.avg_pool2d(qkv.detach().permute(0, 3, 1, 2), size).flatten(2).mT  # [B, R, 2 * qk_dim + C]
+        q, k, _ = means.split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
         return top_regions(q, k, self.topk)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -221,11 +218,10 @@ class BiLevelRoutingAttention(nn.Module):
         S = self.n_win
         if not self.auto_pad and (H % S or W % S):
             raise ValueError(f"a {H}x{W} map does not divide into n_win={S} regions per side; pass auto_pad=True.")
-        x = pad_bottom_right(x, (S, S))
-        index = self.route(x)
-        size = x.shape[1] // S, x.shape[2] // S
-        q, k, v = self.qkv(x).split((self.qk_dim, self.qk_dim, x.shape[-1]), dim=-1)
-        x = routed_attention(q, k, v, index, size, self.num_heads, self.scale, tap=self.tap)
+        qkv = self.qkv(pad_bottom_right(x, (S, S)))
+        size = qkv.shape[1] // S, qkv.shape[2] // S
+        q, k, v = qkv.split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
+        x = routed_attention(q, k, v, self.route(qkv), size, self.num_heads, self.scale, tap=self.tap)
         if self.lepe is not None:
             x = x + _conv_nhwc(self.lepe, v)
         return self.wo(x[:, :H, :W])
@@ -274,20 +270,19 @@ class BiLevelRoutingAttentionNCHW(nn.Module):
         self.output_linear = nn.Conv2d(dim, dim, 1, **dd)
         self.tap = AttentionTap()
 
-    def route(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The regions that each region of `x`, `[B, C, H, W]`, attends to: indices `[B, R, topk]`."""
-        means = F.avg_pool2d(x.detach(), size, ceil_mode=True, count_include_pad=False)
-        rows = slice(0, 2 * x.shape[1])
-        conv = self.qkv_linear
-        q, k = F.conv2d(means, conv.weight[rows].detach(), conv.bias[rows].detach()).flatten(2).mT.chunk(2, dim=-1)
+    def route(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
+        """The regions, of `size`, that each region of `qkv`, `[B, 3 * C, H, W]`, attends to: indices `[B, R, topk]`."""
+        means = F.avg_pool2d(qkv.detach(), size, ceil_mode=True, count_include_pad=False)
+        q, k, _ = means.flatten(2).mT.chunk(3, dim=-1)  # [B, R, C] each
         return top_regions(q, k, self.topk)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
         C, H, W = x.shape[1:]
         size = max(H // self.n_win, 1), max(W // self.n_win, 1)
-        index = self.route(x, size)
-        qkv = self.qkv_linear(x).permute(0, 2, 3, 1)  # [B, H, W, 3 * C]
+        qkv = self.qkv_linear(x)
+        index = self.route(qkv, size)
+        qkv = qkv.permute(0, 2, 3, 1)  # [B, H, W, 3 * C]
         q, k, v = pad_bottom_right(qkv, size).split(C, dim=-1)
         x = routed_attention(q, k, v, index, size, self.num_heads, self.scale, tap=self.tap)[:, :H, :W]
         if self.lepe is not None:

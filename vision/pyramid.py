@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-__all__ = ["PyramidBackbone", "pad_bottom_right"]
+__all__ = ["PyramidBackbone", "is_eager_cpu_inference", "pad_bottom_right"]
 
 
 @register_notrace_function
@@ -26,6 +27,30 @@ def pad_bottom_right(x: Tensor, multiple: tuple[int, int]) -> Tensor:
     if pad_h or pad_w:
         x = nn.functional.pad(x, (0, 0, 0, pad_w, 0, pad_h))
     return x
+
+
+def is_eager_cpu_inference(x: Tensor) -> bool:
+    """Whether `x` is a real tensor on a CPU and nobody wants gradients, a lower precision or a graph of what happens.
+
+    Only then may a layer work block by block, so that intermediate results stay in the cache and in memory that the
+    process has already: on a CPU fresh pages can cost more than the arithmetic on them.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(x, Tensor)  # not the proxy of a symbolic trace
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+_TOKENS_AT_ONCE = 1568  # enough rows for a matrix product to run at full speed
+
+
+def _images_at_once(x: Tensor, channels: int) -> int:
+    """How many images of a batch of maps to take through a stage at a time."""
+    tokens = x[0].numel() // channels
+    return -(-_TOKENS_AT_ONCE // tokens)
 
 
 class PyramidBackbone(nn.Module):
@@ -66,7 +91,9 @@ class PyramidBackbone(nn.Module):
 
     def _set_head(self, num_classes: int, global_pool: str, **dd) -> None:
         if not global_pool and num_classes:
-            raise ValueError(f"num_classes={num_classes} needs a pooled feature; pass global_pool='avg' or num_classes=0.")
+            raise ValueError(
+                f"num_classes={num_classes} needs a pooled feature; pass global_pool='avg' or num_classes=0."
+            )
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -91,10 +118,17 @@ class PyramidBackbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must say how to forget the stages from {count} on.")
 
     def run_blocks(self, index: int, x: Tensor) -> Tensor:
-        """The blocks of one stage, with gradient checkpointing where that is on."""
+        """The blocks of one stage on `[B, …]`, with gradient checkpointing where that is on.
+
+        In inference on a CPU a stage with many tokens takes a few images at a time.
+        """
         blocks = self.stage_blocks(index)
         if self.grad_checkpointing:
             return checkpoint_seq(blocks, x)
+        if is_eager_cpu_inference(x) and not self.training:
+            at_once = _images_at_once(x, self.feature_info[index]["num_chs"])
+            if at_once < len(x):
+                return torch.cat([blocks(part) for part in x.split(at_once)])
         return blocks(x)
 
     @property
