@@ -175,18 +175,6 @@ def test_links_in_an_archive_are_errors(tmp_path):
     assert "link" in source.error
 
 
-def test_an_unreadable_folder_is_a_source_with_an_error(tree, monkeypatch):
-    """As root every folder can be read, so the system's answer is given for it (test_bad_input does it for real)."""
-    real = os.open
-    monkeypatch.setattr(os, "open", lambda path, *a, **k: _deny(path) if str(path) == "top/b" else real(path, *a, **k))
-    errors = {source.name: source.error for source in Inputs(["top"])}
-    assert errors["top/b"] == "cannot list this folder: Permission denied" and errors["top/z.jpg"] is None
-
-
-def _deny(path: str) -> int:
-    raise PermissionError(13, "Permission denied", path)
-
-
 def test_stamps_change_with_content(tree):
     before = {s.name: s.stamp for s in Inputs(["top"])}
     os.utime(tree / "z.jpg", ns=(1, 1))
