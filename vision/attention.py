@@ -16,7 +16,7 @@ class AttentionMap(NamedTuple):
     attn: Tensor
     """`[B, heads, Nq, Nk]`, rows sum to 1; still part of the autograd graph."""
     key_grid: tuple[int, int]
-    """Height and width of the map of keys, row by row: `Nk = height * width`. Padding, where there was any, included."""
+    """Height and width of the map of keys, row by row, with padding if there was any: `Nk = height * width`."""
     key_size: tuple[float, float]
     """Height and width that one key covers, in tokens of the layer's input."""
 

@@ -15,7 +15,7 @@ Written from the paper and checked against outputs of the authors' models. What 
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ def _gather_regions(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(-1, n * d).index_select(0, rows.flatten()).view(B * R * heads, -1, d)
 
 
-def _depthwise(dim: int, kernel_size: int, **dd) -> nn.Conv2d:
+def _depthwise(dim: int, kernel_size: int, **dd: Any) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
 
 
@@ -183,7 +183,7 @@ class BiLevelRoutingAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
         self.n_win = n_win
@@ -259,7 +259,7 @@ class BiLevelRoutingAttentionNCHW(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         _check_width(dim, num_heads)
         self.num_heads = num_heads
         self.n_win = n_win
@@ -316,7 +316,7 @@ class AttentionLePE(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         _check_width(dim, num_heads)
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
@@ -359,7 +359,7 @@ class BiFormerBlock(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pos_embed = _depthwise(dim, pos_dwconv, **dd) if pos_dwconv else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = attn
@@ -432,10 +432,11 @@ class BiFormer(PyramidBackbone):
         super().__init__(in_chans, img_size, drop_rate)
         if layout not in ("biformer", "stl", "stl_nchw"):
             raise ValueError(f"layout={layout!r}: expected 'biformer', 'stl' or 'stl_nchw'.")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         num_stages = len(depths)
-        n_win, mlp_ratios = to_ntuple(num_stages)(n_win), to_ntuple(num_stages)(mlp_ratios)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        n_wins: Any = to_ntuple(num_stages)(n_win)
+        ratios: Any = to_ntuple(num_stages)(mlp_ratios)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         dims = (in_chans, *embed_dims)
 
         def attention(stage: int) -> nn.Module:
@@ -443,7 +444,7 @@ class BiFormer(PyramidBackbone):
             if topk > 0:
                 cls = BiLevelRoutingAttentionNCHW if layout == "stl_nchw" else BiLevelRoutingAttention
                 pad = {} if layout == "stl_nchw" else {"auto_pad": auto_pad}
-                return cls(dim, dim // head_dim, n_win[stage], topk=topk, side_dwconv=side_dwconv, **pad, **dd)
+                return cls(dim, dim // head_dim, n_wins[stage], topk=topk, side_dwconv=side_dwconv, **pad, **dd)
             if topk not in (-1, -2):
                 raise ValueError(f"topks={tuple(topks)}: expected numbers of regions, -1 or -2.")
             lepe_on = "v" if layout == "stl_nchw" else "x"
@@ -455,7 +456,7 @@ class BiFormer(PyramidBackbone):
         self.stages = nn.ModuleList(
             nn.Sequential(
                 *(
-                    BiFormerBlock(embed_dims[i], attention(i), mlp_ratios[i], pos_dwconv, rate, **dd)
+                    BiFormerBlock(embed_dims[i], attention(i), ratios[i], pos_dwconv, rate, **dd)
                     for rate in drop_paths[i]
                 )
             )
@@ -477,7 +478,7 @@ class BiFormer(PyramidBackbone):
             else [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def stage_blocks(self, index: int) -> nn.Sequential:
+    def stage_blocks(self, index: int) -> nn.Module:
         return self.stages[index]
 
     def forward_stage(self, index: int, x: Tensor) -> Tensor:
@@ -490,7 +491,7 @@ class BiFormer(PyramidBackbone):
         self.stages = self.stages[:count]
 
 
-def _overlapping_downsample(stage: int, dim: int, out_dim: int, **dd) -> nn.Sequential:
+def _overlapping_downsample(stage: int, dim: int, out_dim: int, **dd: Any) -> nn.Sequential:
     """The stem (stage 0, stride 4) or the step between two stages (stride 2), by 3x3 convolutions."""
     if stage:
         return nn.Sequential(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
@@ -503,7 +504,7 @@ def _overlapping_downsample(stage: int, dim: int, out_dim: int, **dd) -> nn.Sequ
     )
 
 
-def _patch_downsample(stage: int, dim: int, out_dim: int, **dd) -> nn.Sequential:
+def _patch_downsample(stage: int, dim: int, out_dim: int, **dd: Any) -> nn.Sequential:
     """The stem (stage 0, stride 4) or the step between two stages (stride 2), by patches that do not overlap."""
     if stage:
         return nn.Sequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, out_dim, 2, 2, **dd))

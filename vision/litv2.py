@@ -12,6 +12,7 @@ Written from the paper and checked against outputs of the authors' models. What 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ import weights
 from vision.attention import AttentionTap, attend
 from vision.pyramid import PyramidBackbone, is_eager_cpu_inference, pad_bottom_right
 
-__all__ = ["LITv2", "DeformableTokenMerging", "HiLo", "LITv2Block", "checkpoint_filter_fn", "deform_patches"]
+__all__ = ["DeformableTokenMerging", "HiLo", "LITv2", "LITv2Block", "checkpoint_filter_fn", "deform_patches"]
 
 
 @register_notrace_module
@@ -60,7 +61,7 @@ class HiLo(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if dim % num_heads:
             raise ValueError(f"width {dim} does not divide by num_heads={num_heads}.")
         if not 0 <= alpha <= 1:
@@ -174,14 +175,14 @@ class _DeformableConv(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **dd))
         self.bias = nn.Parameter(torch.empty(out_dim, **dd))
         self.conv_offset = nn.Conv2d(dim, 8, 2, 2, **dd)
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.uniform_(self.bias, -0.5 * dim**-0.5, 0.5 * dim**-0.5)  # fan-in is 4 * dim
         nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        nn.init.zeros_(self.conv_offset.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] → [B, H // 2, W // 2, out_dim]."""
@@ -203,7 +204,7 @@ class DeformableTokenMerging(nn.Module):
 
     def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dconv = _DeformableConv(dim, 2 * dim, **dd)
         self.norm_layer = nn.BatchNorm2d(2 * dim, **dd)
 
@@ -220,7 +221,7 @@ class _DepthwiseConv(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
         nn.init.normal_(self.dwconv.weight, std=math.sqrt(2 / 9))
-        nn.init.zeros_(self.dwconv.bias)
+        nn.init.zeros_(self.dwconv.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -234,7 +235,7 @@ class _ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
         self.dwconv = _DepthwiseConv(hidden_dim, **dd)
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
@@ -247,12 +248,12 @@ class _ConvMlp(nn.Module):
     def _forward_by_channels(self, x: Tensor) -> Tensor:
         """The same sum, a few hidden channels at a time: none of these layers but the last mixes them."""
         step = max(_FLOATS_AT_ONCE // (x[..., 0].numel() * 32), 2) * 32
-        conv = self.dwconv.dwconv
+        kernel, kernel_bias = self.dwconv.dwconv.weight, self.dwconv.dwconv.get_parameter("bias")
         out = self.fc2.bias.expand(x[..., 0].numel(), -1).clone()  # [B * H * W, C]
         for i in range(0, self.fc1.out_features, step):
             part = slice(i, i + step)
             hidden = F.linear(x, self.fc1.weight[part], self.fc1.bias[part]).permute(0, 3, 1, 2)
-            hidden = F.conv2d(hidden, conv.weight[part], conv.bias[part], padding=1, groups=hidden.shape[1])
+            hidden = F.conv2d(hidden, kernel[part], kernel_bias[part], padding=1, groups=hidden.shape[1])
             hidden = torch.ops.aten.gelu_(hidden).permute(0, 2, 3, 1)  # [B, H, W, step]
             out.addmm_(hidden.flatten(0, 2), self.fc2.weight[:, part].t())
         return out.view(x.shape)
@@ -278,7 +279,7 @@ class LITv2Block(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd) if attn else None
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, **dd)
@@ -298,7 +299,7 @@ class _PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.proj = nn.Conv2d(in_chans, dim, 4, 4, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
@@ -308,9 +309,9 @@ class _PatchEmbed(nn.Module):
 
 
 class _Stage(nn.Module):
-    """The blocks at one stride, and the merging layer after them (None in the last stage)."""
+    """The blocks at one stride, and the merging layer after them (none in the last stage)."""
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
         self.downsample = downsample
@@ -356,9 +357,9 @@ class LITv2(PyramidBackbone):
         dtype=None,
     ) -> None:
         super().__init__(in_chans, img_size, drop_rate)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         def block(stage: int, drop_path: float) -> LITv2Block:
             dim, window = dims[stage], window_sizes[stage]
@@ -369,7 +370,7 @@ class LITv2(PyramidBackbone):
         self.layers = nn.ModuleList(
             _Stage(
                 [block(i, rate) for rate in drop_paths[i]],
-                DeformableTokenMerging(dim, **dd) if i < len(dims) - 1 else None,
+                DeformableTokenMerging(dim, **dd) if i < len(dims) - 1 else nn.Identity(),
             )
             for i, dim in enumerate(dims)
         )
@@ -393,17 +394,20 @@ class LITv2(PyramidBackbone):
             ],
         }
 
-    def stage_blocks(self, index: int) -> nn.Sequential:
-        return self.layers[index].blocks
+    def stage_blocks(self, index: int) -> nn.Module:
+        return self.layers.get_submodule(f"{index}.blocks")
 
     def forward_stage(self, index: int, x: Tensor) -> Tensor:
         # [B, H, W, C] inside a stage; outside of it the same memory seen as [B, C, H, W].
-        x = self.layers[index - 1].downsample(x.permute(0, 2, 3, 1)) if index else self.patch_embed(x)
+        if index == 0:
+            x = self.patch_embed(x)
+        else:
+            x = self.layers.get_submodule(f"{index - 1}.downsample")(x.permute(0, 2, 3, 1))
         return self.run_blocks(index, x).permute(0, 3, 1, 2)
 
     def keep_stages(self, count: int) -> None:
         self.layers = self.layers[:count]
-        self.layers[-1].downsample = None
+        self.layers[-1].downsample = nn.Identity()
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:

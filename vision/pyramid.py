@@ -1,4 +1,4 @@
-"""The timm model surface shared by backbones that are a stem, a few stages at growing stride, a norm and a linear head."""
+"""timm's model surface for backbones that are a stem, a few stages at growing stride, a norm and a linear head."""
 
 from collections.abc import Sequence
 
@@ -111,7 +111,7 @@ class PyramidBackbone(nn.Module):
     def forward_stage(self, index: int, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how stage {index} is computed.")
 
-    def stage_blocks(self, index: int) -> nn.Sequential:
+    def stage_blocks(self, index: int) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__} must say which blocks stage {index} has.")
 
     def keep_stages(self, count: int) -> None:
