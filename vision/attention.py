@@ -17,8 +17,8 @@ class AttentionMap(NamedTuple):
     """`[B, heads, Nq, Nk]`, rows sum to 1; still part of the autograd graph."""
     key_grid: tuple[int, int]
     """Height and width of the map of keys, row by row, with padding if there was any: `Nk = height * width`."""
-    key_size: tuple[float, float]
-    """Height and width that one key covers, in tokens of the layer's input."""
+    extent: tuple[float, float]
+    """Height and width that the keys cover, in units of the layer's input: above 1 where that was padded."""
 
 
 class AttentionTap(nn.Module):
@@ -28,10 +28,10 @@ class AttentionTap(nn.Module):
         super().__init__()
         self.kept: list[AttentionMap] | None = None
 
-    def forward(self, attn: Tensor, key_grid: tuple[int, int], key_size: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    def forward(self, attn: Tensor, key_grid: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         """Keeps `attn` if the tap is open; returns it unchanged."""
         if self.kept is not None:
-            self.kept.append(AttentionMap(attn, key_grid, key_size))
+            self.kept.append(AttentionMap(attn, key_grid, extent))
         return attn
 
     @property
@@ -48,7 +48,7 @@ def attend(
     mask: Tensor | None = None,
     tap: AttentionTap | None = None,
     key_grid: tuple[int, int] = (0, 0),
-    key_size: tuple[float, float] = (1.0, 1.0),
+    extent: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """`softmax(scale * q kᵀ + mask) v`; by torch's fused kernel, or step by step when `tap` is open.
 
@@ -60,7 +60,7 @@ def attend(
         mask: added to the scaled scores, broadcastable to `[..., heads, Nq, Nk]`.
         tap: where a listener may take the attention from.
         key_grid: height and width of the map of keys, for the listener.
-        key_size: height and width that a key covers, in tokens, for the listener.
+        extent: height and width that the keys cover, in units of the layer's input, for the listener.
 
     Returns:
         `[..., heads, Nq, d_v]`.
@@ -69,7 +69,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     scores = q @ k.transpose(-1, -2) * scale
     attn = (scores if mask is None else scores + mask).softmax(-1)
-    return tap(attn, key_grid, key_size) @ v
+    return tap(attn, key_grid, extent) @ v
 
 
 @contextmanager

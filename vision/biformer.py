@@ -65,6 +65,7 @@ def routed_attention(
     scale: float,
     mode: Literal["auto", "gather", "mask"] = "auto",
     tap: AttentionTap | None = None,
+    extent: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Every token attends to all tokens of the regions that its own region chose (eq. 5 and 6 of the paper).
 
@@ -80,6 +81,7 @@ def routed_attention(
             tokens; 'mask' computes all N * N scores and masks the others, which copies nothing; 'auto' takes what is
             faster at this size.
         tap: if open, gets the attention over all N tokens (by way of 'mask', whatever the mode).
+        extent: height and width of the map in units of what it was before padding, for the tap.
 
     Returns:
         `[B, H, W, C]`. The gradient flows through the attention, not through the choice.
@@ -90,7 +92,7 @@ def routed_attention(
     if (tap is not None and tap.is_open) or mode == "mask" or (mode == "auto" and _prefers_mask(H * W, num_chosen)):
         q, k, v = (t.reshape(B, H * W, num_heads, -1).transpose(1, 2) for t in (q, k, v))  # [B, heads, N, d]
         mask = _region_mask(index, grid, size, q.dtype)
-        return attend(q, k, v, scale, mask, tap, (H, W)).transpose(1, 2).reshape(B, H, W, C)
+        return attend(q, k, v, scale, mask, tap, (H, W), extent).transpose(1, 2).reshape(B, H, W, C)
 
     q, k, v = (_to_regions(t, size, num_heads) for t in (q, k, v))  # [B, R, heads, n, d]
     k, v = _gather_regions(k, index), _gather_regions(v, index)  # [B * R * heads, topk * n, d]
@@ -221,7 +223,8 @@ class BiLevelRoutingAttention(nn.Module):
         qkv = self.qkv(pad_bottom_right(x, (S, S)))
         size = qkv.shape[1] // S, qkv.shape[2] // S
         q, k, v = qkv.split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
-        x = routed_attention(q, k, v, self.route(qkv), size, self.num_heads, self.scale, tap=self.tap)
+        extent = qkv.shape[1] / H, qkv.shape[2] / W
+        x = routed_attention(q, k, v, self.route(qkv), size, self.num_heads, self.scale, tap=self.tap, extent=extent)
         if self.lepe is not None:
             x = x + _conv_nhwc(self.lepe, v)
         return self.wo(x[:, :H, :W])
@@ -284,7 +287,8 @@ class BiLevelRoutingAttentionNCHW(nn.Module):
         index = self.route(qkv, size)
         qkv = qkv.permute(0, 2, 3, 1)  # [B, H, W, 3 * C]
         q, k, v = pad_bottom_right(qkv, size).split(C, dim=-1)
-        x = routed_attention(q, k, v, index, size, self.num_heads, self.scale, tap=self.tap)[:, :H, :W]
+        extent = v.shape[1] / H, v.shape[2] / W
+        x = routed_attention(q, k, v, index, size, self.num_heads, self.scale, tap=self.tap, extent=extent)[:, :H, :W]
         if self.lepe is not None:
             x = x + _conv_nhwc(self.lepe, qkv[..., -C:])
         return self.output_linear(x.permute(0, 3, 1, 2))

@@ -93,7 +93,7 @@ class HiLo(nn.Module):
         x = attend(q, k, v, self.scale).reshape(B, H // s, W // s, self.h_heads, s, s, -1)
         return self.h_proj(x.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, self.h_dim))
 
-    def lo_fi(self, x: Tensor) -> Tensor:
+    def lo_fi(self, x: Tensor, extent: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         """Attention to the windows' averages: `[B, H, W, C]`, as `hi_fi`, → `[B, H, W, l_dim]`."""
         B, H, W, _ = x.shape
         s = self.window_size
@@ -102,7 +102,7 @@ class HiLo(nn.Module):
             x = F.avg_pool2d(x.permute(0, 3, 1, 2), s).permute(0, 2, 3, 1)
         grid = x.shape[1], x.shape[2]
         k, v = self.l_kv(x).reshape(B, -1, 2, self.l_heads, self.l_dim // self.l_heads).permute(2, 0, 3, 1, 4)
-        x = attend(q, k, v, self.scale, tap=self.l_tap, key_grid=grid, key_size=(s, s))
+        x = attend(q, k, v, self.scale, tap=self.l_tap, key_grid=grid, extent=extent)
         return self.l_proj(x.transpose(1, 2).reshape(B, H, W, self.l_dim))
 
     def forward(self, x: Tensor, H: int | None = None, W: int | None = None) -> Tensor:
@@ -132,7 +132,7 @@ class HiLo(nn.Module):
         x = pad_bottom_right(x, (self.window_size, self.window_size))
         parts = [self.hi_fi(x)] if self.h_heads else []
         if self.l_heads:
-            parts.append(self.lo_fi(x))
+            parts.append(self.lo_fi(x, (x.shape[1] / H, x.shape[2] / W)))
         x = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return x[:, :H, :W]
 
