@@ -14,7 +14,7 @@ from .batch.stage import Compute, Stage, pick_device
 from .console import FetchBar, RowTable, RowText, RunReport
 from .models import ModelChoice, Network, ResolvedModel, load, resolve
 
-__all__ = ["RunOptions", "run"]
+__all__ = ["RunOptions", "default_workers", "run"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def run(
             torch.set_num_threads(options.threads)
         return make(_load(resolved), compute, inputs)
 
-    workers = _workers(device.type) if options.workers is None else options.workers
+    workers = default_workers(device.type) if options.workers is None else options.workers
     command = _command(verb, options, resolved, settings)
     job = Job(inputs, make_stage, command, report, batch_size, workers, options.resume, options.overwrite)
     if options.output is not None:
@@ -117,7 +117,8 @@ def _screen(as_json: bool) -> Screen:
     return RowTable() if sys.stdout.isatty() else RowText(sys.stdout, "csv")
 
 
-def _workers(device: str) -> int:
+def default_workers(device: str) -> int:
+    """How many decode processes suit a kind of device on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, cores) if device != "cpu" else max(1, min(8, cores // 2))
 
