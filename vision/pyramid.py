@@ -82,7 +82,7 @@ class PyramidBackbone(nn.Module):
         Args:
             num_features: width of the last stage.
             num_classes: 0 for none: the model then returns pooled features.
-            global_pool: a pooling of timm's `SelectAdaptivePool2d`, or '' to keep the map.
+            global_pool: a pooling of timm's `SelectAdaptivePool2d`, or '' to keep the map and classify each place of it.
             device: of the new parameters.
             dtype: of the new parameters.
         """
@@ -90,10 +90,6 @@ class PyramidBackbone(nn.Module):
         self._set_head(num_classes, global_pool, device=device, dtype=dtype)
 
     def _set_head(self, num_classes: int, global_pool: str, **dd) -> None:
-        if not global_pool and num_classes:
-            raise ValueError(
-                f"num_classes={num_classes} needs a pooled feature; pass global_pool='avg' or num_classes=0."
-            )
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -145,14 +141,11 @@ class PyramidBackbone(nn.Module):
 
         Args:
             num_classes: 0 removes the classifier.
-            global_pool: None keeps the pooling; '' returns the map and needs `num_classes=0`.
-
-        Raises:
-            ValueError: a classifier without pooling was asked for.
+            global_pool: None keeps the pooling; '' keeps the map and classifies each place of it.
         """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_head(num_classes, pool, **get_device_dtype(self))
-        self.head.train(self.training)
+        self.train(self.training)  # the new modules too
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks in the backward pass instead of keeping their activations."""
@@ -177,9 +170,16 @@ class PyramidBackbone(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map to logits `[B, num_classes]`, or to `[B, head_hidden_size]` with `pre_logits`."""
+        """The last map to logits `[B, num_classes]`, or to `[B, head_hidden_size]` with `pre_logits`.
+
+        Without pooling both stay maps: `[B, num_classes, H, W]`, `[B, head_hidden_size, H, W]`.
+        """
         x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
+        if pre_logits:
+            return x
+        if not self.global_pool.pool_type:
+            return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
