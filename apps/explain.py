@@ -78,8 +78,11 @@ class Explain(Stage):
                 {"label": self.network.labels[index], "prob": round(prob, 6)}
                 for index, prob in zip(targets.tolist(), chosen.tolist(), strict=True)
             ]
-        with self.autocast():
-            maps = heatmap(self.module, images, targets).float().cpu().numpy()
+        try:
+            with self.autocast():
+                maps = heatmap(self.module, images, targets).float().cpu().numpy()
+        except ValueError as error:
+            raise UsageError(f"{self.network.label} cannot be explained: {error}") from error
         return [
             {**label, **self._written(batch.sources[place], batch.decoded[place].view, heat)}
             for label, place, heat in zip(labels, places, maps, strict=True)

@@ -157,7 +157,7 @@ class Stage(ABC):
 
     def forward(self, images: torch.Tensor, call: Any = None) -> torch.Tensor:
         """Runs the network, or `call` in its place, without gradients, as `compute` says; float32 out."""
-        call = call or self.module
+        call = self.module if call is None else call
         count = len(images)
         if self.compute.compile and count < self.compute.batch_size:
             padding = images.new_zeros(self.compute.batch_size - count, *images.shape[1:])
