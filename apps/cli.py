@@ -14,13 +14,12 @@ from weights import WeightsError
 
 from . import options as opt
 from .errors import Stopped, UsageError
+from .models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from .batch.job import Summary
 
 __all__ = ["app", "main"]
-
-_DEFAULT_MODEL = "tf_efficientnet_lite0"
 
 app = typer.Typer(
     name="attnsuite",
@@ -46,7 +45,7 @@ def classify(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Labels an image; 5, or all if there are fewer.", show_default=False)
     ] = None,
-    model: opt.Model = _DEFAULT_MODEL,
+    model: opt.Model = DEFAULT_MODEL,
     checkpoint: opt.Checkpoint = None,
     random_weights: opt.RandomWeights = False,
     recursive: opt.Recursive = True,
@@ -90,7 +89,7 @@ def embed(
             help="Average over this stage's map (0 is the first), not what enters the classifier.", show_default=False
         ),
     ] = None,
-    model: opt.Model = _DEFAULT_MODEL,
+    model: opt.Model = DEFAULT_MODEL,
     checkpoint: opt.Checkpoint = None,
     random_weights: opt.RandomWeights = False,
     recursive: opt.Recursive = True,
@@ -137,7 +136,7 @@ def explain(
     ] = None,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="How strongly heat covers the picture.")] = 0.6,
     npy: Annotated[bool, typer.Option("--npy", help="Also write the bare maps as .npy.")] = False,
-    model: opt.Model = _DEFAULT_MODEL,
+    model: opt.Model = DEFAULT_MODEL,
     checkpoint: opt.Checkpoint = None,
     random_weights: opt.RandomWeights = False,
     recursive: opt.Recursive = True,
@@ -214,7 +213,7 @@ def weights_list(
 
 @weights_app.command("fetch")
 def weights_fetch(
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Checkpoints or models.", show_default=False)],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Checkpoints or models.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Fetch again what is here.")] = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -246,7 +245,7 @@ def weights_import(
 
 @weights_app.command("verify")
 def weights_verify(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]…", help="Else all that are here.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Else all that are here.")] = None,
     debug: opt.Debug = False,
 ) -> None:
     """Compare checkpoints on this machine with their digests.

@@ -32,7 +32,7 @@ _INPUT, _MODEL, _OUTPUT, _SPEED = "What to read", "Which model", "What to write"
 Images = Annotated[
     list[str],
     typer.Argument(
-        metavar="INPUT…",
+        metavar="INPUT",
         help="Image files, folders, quoted patterns such as 'photos/**/*.jpg', and .tar shards.",
         show_default=False,
     ),

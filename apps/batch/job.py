@@ -158,6 +158,11 @@ class Job:
                 self._work(stage, rest, _recorder(sink, ledger, tally, kept.end), stop, tally, kept.rows)
                 if stop.signum is None:
                     sink.finish()
+        except UsageError:
+            if not kept.rows + tally.rows:  # it shows only now that this command can never work
+                os.unlink(sink.journal)
+                ledger.clear()
+            raise
         except OSError as error:
             reason = f"cannot write {error.filename or output}: {error.strerror}"
             raise Stopped(f"{reason}. {self._how_to_go_on(kept, tally)}") from error

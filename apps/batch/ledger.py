@@ -83,7 +83,6 @@ class Ledger:
         self.path = f"{output}.ledger"
         self._output = output
         self._command = command
-        self._is_new = not os.path.exists(self.path)
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
@@ -154,9 +153,13 @@ class Ledger:
         """Records a finished batch; its rows must have been written."""
         self._append(json.dumps(asdict(commit)) + "\n")
 
+    def clear(self) -> None:
+        """Forgets the command, too."""
+        os.ftruncate(self._fd, 0)
+
     def close(self) -> None:
-        """Lets other runs have the output. A ledger in which nothing was ever recorded goes."""
-        if self._is_new and not os.fstat(self._fd).st_size:
+        """Lets other runs have the output. A ledger in which nothing was recorded goes."""
+        if not os.fstat(self._fd).st_size:
             os.unlink(self.path)
         os.close(self._fd)
 

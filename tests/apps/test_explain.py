@@ -9,11 +9,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import SAMPLES
 from PIL import Image
 
 from apps.batch.decode import View
-from apps.explain import blend, class_index
+from apps.batch.job import Job
+from apps.batch.sources import Inputs
+from apps.batch.stage import Compute
+from apps.console import RunReport
+from apps.errors import UsageError
+from apps.explain import Explain, blend, class_index
 from apps.models import Network
 
 
@@ -85,6 +91,18 @@ def test_errors_are_rows_and_the_rest_goes_on(run, tmp_path):
     assert long["status"] == "error" and "File name too long" in long["error"]
     again = run("explain", "in", "-o", "maps", *options)
     assert again.code == 1 and "nothing to do" in again.err
+
+
+def test_a_network_that_cannot_be_explained_leaves_nothing(tmp_path):
+    """It has no feature map, which shows when it first runs; the output must not then belong to that command."""
+    config = {"input_size": (3, 8, 8), "mean": (0,) * 3, "std": (1,) * 3, "crop_pct": 1.0, "crop_mode": "center"}
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    network = Network(flat, "flat", ["a", "b"], config)
+    stage = Explain(network, Compute(torch.device("cpu")), str(tmp_path), str(SAMPLES))
+    job = Job(Inputs([str(SAMPLES)]), lambda: stage, {}, RunReport(), batch_size=2, workers=0)
+    with pytest.raises(UsageError, match="flat cannot be explained"):
+        job.to_file(str(tmp_path / "rows.jsonl"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_cannot_be_a_folder(run, tmp_path):
