@@ -125,6 +125,18 @@ def test_a_decode_worker_that_dies_ends_the_run_clearly(start, run, photos, tmp_
     assert content(tmp_path / "rows.jsonl") == whole["jsonl"][0]
 
 
+def test_decode_workers_do_not_outlive_a_killed_run(start, photos, tmp_path):
+    """They hold batches that nobody will take, more than fits into a pipe."""
+    running = start("classify", photos, "-o", "rows.csv", *NANO, "--batch-size", 16, "--workers", 2)
+    wait_for(lambda: rows_in_ledger(tmp_path / "rows.csv") > 0)
+    workers = psutil.Process(running.pid).children()
+    running.kill()
+    running.wait()
+    assert len(workers) == 2
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
 def test_batch_size_and_workers_may_change_on_the_way(start, run, photos, tmp_path, whole):
     running = start("classify", photos, "-o", "rows.csv", *NANO)
     wait_for(lambda: rows_in_ledger(tmp_path / "rows.csv") > 0)
