@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import weights
 from vision.attention import AttentionTap, attend
-from vision.pyramid import PyramidBackbone, is_eager_cpu_inference, pad_bottom_right
+from vision.pyramid import PyramidBackbone, pad_bottom_right
 
 __all__ = ["DeformableTokenMerging", "HiLo", "LITv2", "LITv2Block", "checkpoint_filter_fn", "deform_patches"]
 
@@ -227,9 +227,6 @@ class _DepthwiseConv(nn.Module):
         return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-_FLOATS_AT_ONCE = 1 << 18
-
-
 class _ConvMlp(nn.Module):
     """linear, depthwise convolution, GELU, linear, on `[B, H, W, C]`."""
 
@@ -241,22 +238,7 @@ class _ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_eager_cpu_inference(x) and not any(module._forward_hooks for module in self.modules()):
-            return self._forward_by_channels(x)
         return self.fc2(F.gelu(self.dwconv(self.fc1(x))))
-
-    def _forward_by_channels(self, x: Tensor) -> Tensor:
-        """The same sum, a few hidden channels at a time: none of these layers but the last mixes them."""
-        step = max(_FLOATS_AT_ONCE // (x[..., 0].numel() * 32), 2) * 32
-        kernel, kernel_bias = self.dwconv.dwconv.weight, self.dwconv.dwconv.get_parameter("bias")
-        out = self.fc2.bias.expand(x[..., 0].numel(), -1).clone()  # [B * H * W, C]
-        for i in range(0, self.fc1.out_features, step):
-            part = slice(i, i + step)
-            hidden = F.linear(x, self.fc1.weight[part], self.fc1.bias[part]).permute(0, 3, 1, 2)
-            hidden = F.conv2d(hidden, kernel[part], kernel_bias[part], padding=1, groups=hidden.shape[1])
-            hidden = torch.ops.aten.gelu_(hidden).permute(0, 2, 3, 1)  # [B, H, W, step]
-            out.addmm_(hidden.flatten(0, 2), self.fc2.weight[:, part].t())
-        return out.view(x.shape)
 
 
 class LITv2Block(nn.Module):

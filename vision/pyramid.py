@@ -82,7 +82,7 @@ class PyramidBackbone(nn.Module):
         Args:
             num_features: width of the last stage.
             num_classes: 0 for none: the model then returns pooled features.
-            global_pool: a pooling of timm's `SelectAdaptivePool2d`, or '' to keep the map and classify each place of it.
+            global_pool: a pooling of timm's `SelectAdaptivePool2d`, or '' to classify each place of the map.
             device: of the new parameters.
             dtype: of the new parameters.
         """
