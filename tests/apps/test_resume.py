@@ -133,7 +133,7 @@ def test_decode_workers_do_not_outlive_a_killed_run(start, photos, tmp_path):
     running.kill()
     running.wait()
     assert len(workers) == 2
-    gone, alive = psutil.wait_procs(workers, timeout=10)
+    _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
 
 

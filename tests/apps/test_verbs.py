@@ -13,6 +13,7 @@ import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from conftest import ROOT, SAMPLES
 from PIL import Image
 
@@ -148,3 +149,11 @@ def test_a_table_and_a_bar_appear_on_a_terminal(run):
 def test_no_bar_where_stderr_is_no_terminal(run):
     done = run("classify", SAMPLES, "-o", "quiet.csv", *NANO)
     assert done.err.count("\n") == 1 and "\x1b" not in done.err
+
+
+@pytest.mark.parametrize(
+    "verb", ["classify", "embed", "explain", "models", *(f"weights {v}" for v in ("list", "fetch", "import", "verify"))]
+)
+def test_help_of_every_verb_shows_an_example(run, verb):
+    done = run(*verb.split(), "--help")
+    assert done.code == 0 and f"Example: attnsuite {verb} " in done.out
