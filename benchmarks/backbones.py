@@ -83,7 +83,7 @@ def conv_mlp_as_written(self: Any, x: Tensor) -> Tensor:
 def merge_as_written(self: Any, x: Tensor) -> Tensor:
     """LITv2's deformable convolution by torchvision's operator."""
     x = x.permute(0, 3, 1, 2).contiguous()
-    x = deform_conv2d(x, self.conv_offset(x), self.weight, self.bias, stride=2)
+    x = deform_conv2d(x, self.conv_offset(x), self.weight, self.bias, stride=(2, 2))
     return x.permute(0, 2, 3, 1).contiguous()
 
 
@@ -113,7 +113,7 @@ def as_written():
 
 
 def _build(name: str, size: int) -> nn.Module:
-    sized = {"img_size": size} if "swin" in name or "deit" in name else {}
+    sized: dict[str, Any] = {"img_size": size} if "swin" in name or "deit" in name else {}
     return timm.create_model(name, **sized).eval()
 
 

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +32,7 @@ def compare(stride: int, dim: int, num_heads: int, topk: int, img_size: int, bat
         return None
     q, k, v = torch.randn(3, batch, side, side, dim)
     index = torch.rand(batch, 49, 49).topk(topk).indices
-    seconds: dict[str, list[float]] = {"gather": [], "mask": []}
+    seconds: dict[Literal["gather", "mask"], list[float]] = {"gather": [], "mask": []}
     with torch.inference_mode():
         for turn in range(turns + 1):
             for mode, times in seconds.items():

@@ -19,14 +19,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_ntuple
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 import weights
 from vision.attention import AttentionTap, attend
-from vision.pyramid import PyramidBackbone, pad_bottom_right
+from vision.pyramid import PyramidBackbone, imagenet_cfg, pad_bottom_right
 
 __all__ = [
     "AttentionLePE",
@@ -539,20 +538,8 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return renamed
 
 
-def _cfg(weights_name: str = "", **kwargs) -> dict:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "downsample_layers.0.0",
-        "classifier": "head",
-        **(weights.cfg(weights_name) if weights_name else {}),
-        **kwargs,
-    }
+def _cfg(weights_name: str | None = None, **kwargs) -> dict[str, Any]:
+    return imagenet_cfg(weights_name, first_conv="downsample_layers.0.0", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

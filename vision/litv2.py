@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 import weights
 from vision.attention import AttentionTap, attend
-from vision.pyramid import PyramidBackbone, pad_bottom_right
+from vision.pyramid import PyramidBackbone, imagenet_cfg, pad_bottom_right
 
 __all__ = ["DeformableTokenMerging", "HiLo", "LITv2", "LITv2Block", "checkpoint_filter_fn", "deform_patches"]
 
@@ -110,7 +109,7 @@ class HiLo(nn.Module):
 
         Args:
             x: `[B, H, W, C]`, or `[B, N, C]` with N = H * W tokens, row by row.
-            H: height of the map, for `[B, N, C]`; a square map by default.
+            H: height of the map, for `[B, N, C]`; without H and W the map is square.
             W: width of the map, for `[B, N, C]`.
 
         Returns:
@@ -118,15 +117,15 @@ class HiLo(nn.Module):
             zeros; padded tokens are keys in their window and count in its average.
 
         Raises:
-            ValueError: N tokens are no square map, and H and W are not given or do not multiply to N.
+            ValueError: H and W do not multiply to N, or are not given and the map is not square.
         """
         if x.ndim == 3:
             B, N, C = x.shape
-            H = H or math.isqrt(N)
-            W = W or N // H
-            if H * W != N:
-                raise ValueError(f"{N} tokens are not a map of H={H} by W={W}; pass the map's H and W.")
-            return self(x.reshape(B, H, W, C)).reshape(B, N, C)
+            height = H or (N // W if W else math.isqrt(N))
+            width = W or (N // H if H else height)
+            if height * width != N:
+                raise ValueError(f"{N} tokens are not a map of H={height} by W={width}; pass the map's H and W.")
+            return self(x.reshape(B, height, width, C)).reshape(B, N, C)
         H, W = x.shape[1:3]
         # Without Hi-Fi nothing needs whole windows' tokens, but the averages are over padded windows all the same.
         x = pad_bottom_right(x, (self.window_size, self.window_size))
@@ -408,20 +407,8 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
 
 
-def _cfg(weights_name: str = "", **kwargs) -> dict:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **(weights.cfg(weights_name) if weights_name else {}),
-        **kwargs,
-    }
+def _cfg(weights_name: str | None = None, **kwargs) -> dict[str, Any]:
+    return imagenet_cfg(weights_name, first_conv="patch_embed.proj", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

@@ -1,15 +1,20 @@
 """timm's model surface for backbones that are a stem, a few stages at growing stride, a norm and a linear head."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-__all__ = ["PyramidBackbone", "is_eager_cpu_inference", "pad_bottom_right"]
+import weights
+
+__all__ = ["PyramidBackbone", "imagenet_cfg", "is_eager_cpu_inference", "pad_bottom_right"]
 
 
 @register_notrace_function
@@ -53,14 +58,10 @@ def _images_at_once(x: Tensor, channels: int) -> int:
     return -(-_TOKENS_AT_ONCE // tokens)
 
 
-class PyramidBackbone(nn.Module):
+class PyramidBackbone(nn.Module, ABC):
     """timm's model methods over `num_stages` stages; a subclass says what the stages are.
 
-    A subclass builds its layers, then calls `build_head`, and implements three methods:
-
-    * `forward_stage(index, x)`: from the previous stage's map (for index 0: the image) to this stage's, `[B, C, H, W]`;
-    * `stage_blocks(index)`: the blocks whose activations gradient checkpointing may drop;
-    * `keep_stages(count)`: forgets all stages from `count` on, and whatever only they needed.
+    A subclass builds its layers, then calls `build_head`, and says what a stage is by the three abstract methods.
 
     Between stages maps are `[B, C, H, W]` in channels-last memory, so that a block may look at them as `[B, H, W, C]`
     without a copy.
@@ -104,14 +105,17 @@ class PyramidBackbone(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @abstractmethod
     def forward_stage(self, index: int, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must say how stage {index} is computed.")
+        """From the map before a stage, or the image, to the map after it, `[B, C, H, W]`."""
 
+    @abstractmethod
     def stage_blocks(self, index: int) -> nn.Module:
-        raise NotImplementedError(f"{type(self).__name__} must say which blocks stage {index} has.")
+        """The blocks of a stage, in a container that may be iterated and called."""
 
+    @abstractmethod
     def keep_stages(self, count: int) -> None:
-        raise NotImplementedError(f"{type(self).__name__} must say how to forget the stages from {count} on.")
+        """Forgets all stages from `count` on, and what only they needed."""
 
     def run_blocks(self, index: int, x: Tensor) -> Tensor:
         """The blocks of one stage on `[B, …]`, with gradient checkpointing where that is on.
@@ -246,3 +250,25 @@ class PyramidBackbone(nn.Module):
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take
+
+
+def imagenet_cfg(weights_name: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    """The `default_cfgs` entry of a pyramid trained on ImageNet-1K at 224 pixels.
+
+    Args:
+        weights_name: the checkpoint's entry in the manifest, which says address, licence and paper; None for a network
+            without published weights.
+        **kwargs: what is different, and `first_conv`.
+    """
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head",
+        **(weights.cfg(weights_name) if weights_name else {}),
+        **kwargs,
+    }
