@@ -148,7 +148,9 @@ def deform_patches(x: Tensor, offset: Tensor) -> Tensor:
     """
     B, H, W, C = x.shape
     h, w = offset.shape[1:3]
-    offset = offset.float()  # a half-precision position is off by up to half a pixel on a large map
+    offset = offset.to(
+        torch.promote_types(offset.dtype, torch.float32)
+    )  # a half-precision position is off by up to half a pixel on a large map
     rows = 2 * torch.arange(h, device=x.device).view(h, 1, 1) + torch.tensor([0, 0, 1, 1], device=x.device)
     cols = 2 * torch.arange(w, device=x.device).view(1, w, 1) + torch.tensor([0, 1, 0, 1], device=x.device)
     y, z = offset[..., 0] + rows, offset[..., 1] + cols  # [B, h, w, 4]
@@ -363,13 +365,13 @@ class LITv2(PyramidBackbone):
         self.apply(self._init_linear)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Layers for layer-wise learning rates: the stem, then each block; a merging layer goes with the next block."""
+        """Layers for layer-wise learning rates: the stem, then each block; a merging layer goes with the block before it."""
         return {
             "stem": r"^patch_embed",
             "blocks": r"^layers\.(\d+)"
             if coarse
             else [
-                (r"^layers\.(\d+)\.downsample", (99998,)),
+                (r"^layers\.(\d+)\.downsample", (99999,)),
                 (r"^layers\.(\d+)\.\w+\.(\d+)", None),
                 (r"^norm", (99999,)),
             ],

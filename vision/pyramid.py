@@ -149,7 +149,8 @@ class PyramidBackbone(nn.Module, ABC):
         """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_head(num_classes, pool, **get_device_dtype(self))
-        self.train(self.training)  # the new modules too
+        self.head.train(self.training)
+        self.global_pool.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks in the backward pass instead of keeping their activations."""
