@@ -148,9 +148,8 @@ def deform_patches(x: Tensor, offset: Tensor) -> Tensor:
     """
     B, H, W, C = x.shape
     h, w = offset.shape[1:3]
-    offset = offset.to(
-        torch.promote_types(offset.dtype, torch.float32)
-    )  # a half-precision position is off by up to half a pixel on a large map
+    # A position in half precision is off by up to half a pixel on a large map.
+    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
     rows = 2 * torch.arange(h, device=x.device).view(h, 1, 1) + torch.tensor([0, 0, 1, 1], device=x.device)
     cols = 2 * torch.arange(w, device=x.device).view(1, w, 1) + torch.tensor([0, 1, 0, 1], device=x.device)
     y, z = offset[..., 0] + rows, offset[..., 1] + cols  # [B, h, w, 4]
@@ -365,7 +364,7 @@ class LITv2(PyramidBackbone):
         self.apply(self._init_linear)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Layers for layer-wise learning rates: the stem, then each block; a merging layer goes with the block before it."""
+        """Layers for layer-wise learning rates: the stem, then each block, merging layers with the one before."""
         return {
             "stem": r"^patch_embed",
             "blocks": r"^layers\.(\d+)"
