@@ -130,6 +130,10 @@ def _last_map(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     if to_features is None or to_logits is None:
         raise ValueError(f"{type(model).__name__} has no feature map to explain; expected a timm model.")
     features = to_features(images)
+    if not isinstance(features, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} has several feature maps at once, which class activation cannot weigh."
+        )
     return features, to_logits(features)
 
 
@@ -138,10 +142,12 @@ def _as_map(model: nn.Module, features: Tensor, images: Tensor) -> Tensor:
     if features.ndim == 4:
         return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
     if features.ndim == 3:
-        features = features[:, getattr(model, "num_prefix_tokens", 0) :]
-        h = round((features.shape[1] * images.shape[-2] / images.shape[-1]) ** 0.5)
-        if h and features.shape[1] % h == 0:
-            return features.mT.unflatten(2, (h, -1))
+        # Class tokens stand in front, but some networks add them late: what is left must be a grid of the image's shape.
+        for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1):
+            tokens = features[:, prefix:]
+            h = round((tokens.shape[1] * images.shape[-2] / images.shape[-1]) ** 0.5)
+            if h and tokens.shape[1] % h == 0:
+                return tokens.mT.unflatten(2, (h, -1))
     raise ValueError(f"{type(model).__name__}: features of shape {tuple(features.shape)} are no map.")
 
 
