@@ -74,6 +74,8 @@ def class_activation(model: nn.Module, images: Tensor, target: int | Tensor | No
     """
     with _gradients(model, images) as images:
         features, logits = _last_map(model, images)
+        if not isinstance(features, Tensor):
+            raise ValueError(f"{type(model).__name__} has several last maps at once; class activation needs one.")
         (grad,) = torch.autograd.grad(_score(model, logits, target), features)
     features, grad = _as_map(model, features, images), _as_map(model, grad, images)  # [B, C, h, w]
     cam = (grad.mean((2, 3), keepdim=True) * features).sum(1).relu()
@@ -142,7 +144,7 @@ def _as_map(model: nn.Module, features: Tensor, images: Tensor) -> Tensor:
     if features.ndim == 4:
         return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
     if features.ndim == 3:
-        # Class tokens stand in front, but some networks add them late: what is left must be a grid of the image's shape.
+        # Class tokens stand in front, but some networks add them late: the rest must be a grid of the image's shape.
         for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1):
             tokens = features[:, prefix:]
             h = round((tokens.shape[1] * images.shape[-2] / images.shape[-1]) ** 0.5)
