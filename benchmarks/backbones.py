@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -176,7 +175,9 @@ def _measure_memory(name: str, size: int, batch: int) -> None:
                     model(images)
             else:
                 model(images)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage's maximum, which a child inherits from the process that started it.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
 def main() -> None:
