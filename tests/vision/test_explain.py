@@ -1,4 +1,4 @@
-"""Recorded attention, and heat maps made of it: what they must add up to, and that they point at the evidence."""
+"""Heat maps: range and shape, whose evidence they show, what they leave behind, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,71 +8,28 @@ import torch
 from test_timm_contract import create, images, small
 from torch import Tensor, nn
 
-from vision.attention import AttentionTap, record_attention
-from vision.biformer import AttentionLePE, BiLevelRoutingAttention, BiLevelRoutingAttentionNCHW
 from vision.explain import attention_map, class_activation, heatmap
-from vision.litv2 import HiLo
 from vision.pyramid import PyramidBackbone
 
 
-@small
-@pytest.mark.parametrize("size", [(64, 64), (90, 70)])
-@torch.no_grad()
-def test_listening_changes_no_output_and_rows_sum_to_one(small: str, size: tuple[int, int]):
-    model = create(small).eval()
-    x = images(2, 3, *size)
-    expected = model(x)
-    with record_attention(model) as layers:
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert len(layers) == sum(isinstance(m, AttentionTap) for m in model.modules())
-    for name, (layer,) in layers.items():
-        rows = layer.attn.sum(-1)
-        torch.testing.assert_close(rows, torch.ones_like(rows), msg=lambda m, name=name: f"{name}: {m}")
-        assert layer.attn.shape[-1] == layer.key_grid[0] * layer.key_grid[1]
-    torch.testing.assert_close(model(x), expected)
-    assert not any(m.is_open for m in model.modules() if isinstance(m, AttentionTap))
-
-
-def test_taps_close_after_an_error():
-    attn = AttentionLePE(16, 2)
-    with pytest.raises(ZeroDivisionError), record_attention(attn):
-        attn(images(1, 4, 4, 16))
-        raise ZeroDivisionError
-    assert not attn.tap.is_open
-
-
-@pytest.mark.parametrize(("H", "W"), [(8, 8), (7, 5)])
-@torch.no_grad()
-def test_routed_attention_is_zero_outside_the_chosen_regions(H: int, W: int):
-    bra = BiLevelRoutingAttention(16, 2, 4, topk=3)
-    x = torch.randn(2, H, W, 16)
-    with record_attention(bra) as layers:
-        bra(x)
-    (layer,) = layers[""]
-    (height, width), S = layer.key_grid, 4
-    assert height % S == width % S == 0
-    assert layer.extent == (height / H, width / W)
-    h, w = height // S, width // S
-    attn = layer.attn.reshape(2, 2, S, h, S, w, S, h, S, w)
-    between_regions = attn.sum((1, 3, 5, 7, 9)).reshape(2, S * S, S * S)
-    assert ((between_regions > 0).sum(-1) == 3).all()
-
-
 @pytest.mark.parametrize(
-    ("layer", "shape"),
+    "name",
     [
-        (AttentionLePE(16, 2, side_dwconv=0), (1, 4, 6, 16)),
-        (BiLevelRoutingAttention(16, 2, 2, topk=2, side_dwconv=0), (1, 4, 6, 16)),
-        (BiLevelRoutingAttentionNCHW(16, 2, 2, topk=2, side_dwconv=0), (1, 16, 4, 6)),
-        (HiLo(16, 2, alpha=1.0), (1, 4, 6, 16)),
+        "biformer_nano",
+        "litv2_nano",
+        "resnet10t",
+        "vit_tiny_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "cait_xxs24_224",
     ],
 )
-def test_the_map_is_part_of_the_graph(layer: nn.Module, shape: tuple[int, ...]):
-    with record_attention(layer) as layers:
-        out = layer(torch.randn(shape))
-    (kept,) = next(iter(layers.values()))
-    (grad,) = torch.autograd.grad(out.square().sum(), kept.attn)
-    assert grad.shape == kept.attn.shape and grad.abs().sum() > 0
+def test_a_map_per_image_from_zero_to_one(name: str):
+    model = timm.create_model(name, num_classes=5)
+    maps = heatmap(model, torch.randn(2, 3, 224, 224))
+    assert maps.shape == (2, 224, 224)
+    assert maps.dtype == torch.float32
+    assert maps.amin((1, 2)).tolist() == [0, 0]
+    assert maps.amax((1, 2)).tolist() == pytest.approx([1, 1])
 
 
 OTHERS = ["resnet10t", "test_vit", "test_convnext"]
@@ -96,6 +53,16 @@ def test_heatmap_is_a_map_from_zero_to_one(name: str):
     assert maps.amin((1, 2)).tolist() == [0.0, 0.0]
     assert all(top == pytest.approx(1.0) or top == 0.0 for top in maps.amax((1, 2)).tolist())
     assert (maps.amax((1, 2)) > 0).any() and maps.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["biformer_nano", "litv2_nano"])
+def test_any_image_size_and_no_trace_left(name: str):
+    model = timm.create_model(name).train()
+    with torch.inference_mode():
+        maps = heatmap(model, torch.randn(1, 3, 200, 333), target=7)
+    assert maps.shape == (1, 200, 333)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
 
 
 @everything
@@ -145,15 +112,20 @@ def test_a_class_that_there_is_not_is_named(target: int | Tensor):
         heatmap(create("litv2"), images(), target)
 
 
-def test_a_network_without_a_feature_map_is_refused():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 10))
-    with pytest.raises(ValueError, match="Sequential has no feature map"):
-        heatmap(model, images())
+def test_what_cannot_be_explained_is_refused_by_name():
+    model = timm.create_model("litv2_nano", num_classes=10)
+    images = torch.randn(1, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"target=10 is no class of this model; expected 0 to 9"):
+        heatmap(model, images, 10)
+    with pytest.raises(ValueError, match="has no feature map to explain"):
+        heatmap(nn.Flatten(), images)
+    with pytest.raises(ValueError, match="CrossVit has several last maps"):
+        heatmap(timm.create_model("crossvit_tiny_240"), torch.randn(1, 3, 240, 240))
 
 
-def test_without_classifier_the_features_are_explained():
-    maps = heatmap(create("biformer", num_classes=0), images())
-    assert maps.amax() == pytest.approx(1.0)
+def test_a_network_without_classifier_is_asked_for_its_features():
+    model = timm.create_model("litv2_nano", num_classes=0)
+    assert heatmap(model, torch.randn(1, 3, 64, 64)).amax() == pytest.approx(1)
 
 
 def test_attention_of_our_backbones_and_class_activation_of_others():
@@ -162,6 +134,33 @@ def test_attention_of_our_backbones_and_class_activation_of_others():
     assert isinstance(ours, PyramidBackbone)
     torch.testing.assert_close(heatmap(ours, x), attention_map(ours, x))
     torch.testing.assert_close(heatmap(theirs, x), class_activation(theirs, x))
+
+
+class OneSpot(nn.Module):
+    """A 'network' whose class 0 is the brightness of the upper left, class 1 that of the lower right."""
+
+    num_classes = 2
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(x, 8)
+
+    def forward_head(self, x: torch.Tensor) -> torch.Tensor:
+        corners = torch.zeros(2, *x.shape[1:])
+        corners[0, 0] = corners[1, 1] = 1
+        return torch.einsum("bchw,kchw->bk", x, corners)
+
+
+def test_class_activation_points_at_the_evidence_of_the_class_asked_for():
+    image = torch.zeros(1, 3, 64, 64)
+    image[:, 0, :16, :16] = 1  # channel 0, upper left: class 0
+    image[:, 1, 48:, 48:] = 2  # channel 1, lower right: class 1
+    model = OneSpot()
+    assert class_activation(model, image, 0)[0, 8, 8] == 1
+    assert class_activation(model, image, 0)[0, 32:, 32:].max() < 0.01
+    assert class_activation(model, image)[0, 56, 56] == 1  # by default the likelier class
+    assert torch.equal(
+        heatmap(model, image.expand(2, -1, -1, -1), torch.tensor([0, 1]))[1], class_activation(model, image, 1)[0]
+    )
 
 
 def test_class_activation_is_that_of_the_paper_where_both_exist():
