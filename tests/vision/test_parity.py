@@ -47,14 +47,14 @@ def converter(name: str) -> Any:
     return (biformer if name.startswith("biformer") else litv2).checkpoint_filter_fn
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> Any:
     """A registered network with the rule's weights, from a file as the authors publish it: nested under "model"."""
     model = timm.create_model(name, device="meta").to_empty(device="cpu").eval()
     model.load_state_dict(converter(name)({"model": official(name)}, model), strict=True)
     return model
 
 
-def taps(name: str, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def taps(name: str, model: Any, x: Tensor) -> dict[str, Tensor]:
     """The features at the points that the files name, all as the authors' tensors lie: `[B, C, H, W]`."""
     seen: dict[str, Tensor] = {}
 
