@@ -82,11 +82,21 @@ def _backbones(report: dict[str, Any]) -> str:
     ]
     return (
         "## Backbones\n\n"
-        f"`{report['command']}`: {report['cpu']}, {report['threads']} threads, torch {report['torch']}, timm "
+        f"`{report['command']}` (`--memory --size 384 512` for more): {report['cpu']}, {report['threads']} threads, torch {report['torch']}, timm "
         f"{report['timm']}, fp32. All networks run in turns in one process; the ratio is the median over the turns. "
         "\"As written\" is the same network with a plain transcription of the paper's equations. The authors' code was "
-        "measured by the same method in an environment of its own.\n\n" + table(header, rows)
+        "measured by the same method in an environment of its own.\n\n" + table(header, rows) + _BOUNDS
     )
+
+
+_BOUNDS = """
+What bounds them on a CPU, from a profile at 224 pixels: LITv2-B spends three quarters of its time in matrix products
+(13.2 GMACs, at the speed of the BLAS library), so that at batch 1 no other layer can bring it below about twice
+swin_tiny. BiFormer spends under half in them; the rest is gathering and small products of routed attention, depthwise
+convolutions and GELU. From 384 pixels on, regions of the first stages hold hundreds of tokens each and routed attention
+grows with the square of a region, while swin_tiny's windows stay as they are. At batch 8 much of what is won is memory
+that is not touched: stages with many tokens take a few images at a time.
+"""
 
 
 def _batch(report: dict[str, Any]) -> str:

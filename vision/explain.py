@@ -85,13 +85,14 @@ def class_activation(model: nn.Module, images: Tensor, target: int | Tensor | No
 @contextmanager
 def _gradients(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
     """Evaluation mode with gradients on, whatever is set outside; gives images from which a graph starts."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]  # some may be frozen in evaluation
     model.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield images.detach().clone().requires_grad_(True)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _score(model: nn.Module, logits: Tensor, target: int | Tensor | None) -> Tensor:
