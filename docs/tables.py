@@ -82,7 +82,8 @@ def _backbones(report: dict[str, Any]) -> str:
     ]
     return (
         "## Backbones\n\n"
-        f"`{report['command']}` (`--memory --size 384 512` for more): {report['cpu']}, {report['threads']} threads, torch {report['torch']}, timm "
+        f"`{report['command']}` (`--memory --size 384 512` for more): {report['cpu']}, "
+        f"{report['threads']} threads, torch {report['torch']}, timm "
         f"{report['timm']}, fp32. All networks run in turns in one process; the ratio is the median over the turns. "
         "\"As written\" is the same network with a plain transcription of the paper's equations. The authors' code was "
         "measured by the same method in an environment of its own.\n\n" + table(header, rows) + _BOUNDS
