@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SAMPLES
 from PIL import Image
+from support import ROOT, SAMPLES
 from test_decode import broken_files
 
 from apps.batch.sources import Inputs, decode_path

@@ -9,8 +9,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES
 from PIL import Image, ImageOps
+from support import SAMPLES
 
 from apps.batch.decode import Decoder, Framing, image_suffixes, read_image
 from apps.batch.sources import Source

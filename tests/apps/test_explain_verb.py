@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES
 from PIL import Image
+from support import SAMPLES
 
 from apps.batch.decode import View
 from apps.batch.job import Job

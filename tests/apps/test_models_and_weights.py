@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SAMPLES
+from support import SAMPLES
 
 import attnsuite  # noqa: F401 - registers our models
 import weights

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import wait_for
+from support import wait_for
 
 NANO = ("--model", "litv2_nano", "--random-weights", "--batch-size", 4, "--top-k", 2)
 FORMATS = ("csv", "jsonl", "parquet")

@@ -14,8 +14,8 @@ import tarfile
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SAMPLES
 from PIL import Image
+from support import ROOT, SAMPLES
 
 NANO = ("--model", "litv2_nano", "--random-weights")
 
