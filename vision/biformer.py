@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import weights
 from vision.attention import AttentionTap, attend
-from vision.pyramid import PyramidBackbone, imagenet_cfg, pad_bottom_right
+from vision.pyramid import PyramidBackbone, imagenet_cfg, is_eager_cpu_inference, pad_bottom_right
 
 __all__ = [
     "AttentionLePE",
@@ -496,10 +496,28 @@ class BiFormer(PyramidBackbone):
         self.stages = self.stages[:count]
 
 
+class _DownsampleConv(nn.Conv2d):
+    """3x3 convolution with stride 2; on a CPU as a product of patches where its weights are many and the map is small.
+
+    The convolution kernel brings the weights into an order of its own at each call. On the 14x14 map before the last
+    stage that takes far longer than the arithmetic; patches cost next to nothing there.
+    """
+
+    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
+        super().__init__(dim, out_dim, 3, stride=2, padding=1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_eager_cpu_inference(x) and self.weight.numel() > 4 * x.numel():
+            patches = F.unfold(x, 3, padding=1, stride=2).mT  # [B, H / 2 * W / 2, 9 * C]
+            y = F.linear(patches, self.weight.flatten(1), self.bias).mT  # [B, out_dim, H / 2 * W / 2]
+            return y.unflatten(2, (-(-x.shape[2] // 2), -1))
+        return super().forward(x)
+
+
 def _overlapping_downsample(stage: int, dim: int, out_dim: int, **dd: Any) -> nn.Sequential:
     """The stem (stage 0, stride 4) or the step between two stages (stride 2), by 3x3 convolutions."""
     if stage:
-        return nn.Sequential(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
+        return nn.Sequential(_DownsampleConv(dim, out_dim, **dd), nn.BatchNorm2d(out_dim, **dd))
     return nn.Sequential(
         nn.Conv2d(dim, out_dim // 2, 3, 2, 1, **dd),
         nn.BatchNorm2d(out_dim // 2, **dd),

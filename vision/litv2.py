@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import weights
 from vision.attention import AttentionTap, attend
-from vision.pyramid import PyramidBackbone, imagenet_cfg, pad_bottom_right
+from vision.pyramid import PyramidBackbone, imagenet_cfg, is_eager_cpu_inference, pad_bottom_right
 
 __all__ = ["DeformableTokenMerging", "HiLo", "LITv2", "LITv2Block", "checkpoint_filter_fn", "deform_patches"]
 
@@ -238,7 +238,10 @@ class _ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.dwconv(self.fc1(x))))
+        hidden = self.dwconv(self.fc1(x))
+        # The widest tensor of the network: in inference it need not be there twice.
+        hidden = torch.ops.aten.gelu_(hidden) if is_eager_cpu_inference(x) else F.gelu(hidden)
+        return self.fc2(hidden)
 
 
 class LITv2Block(nn.Module):
