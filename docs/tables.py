@@ -91,12 +91,12 @@ def _backbones(report: dict[str, Any]) -> str:
 
 
 _BOUNDS = """
-What bounds them on a CPU, from profiles at 224 pixels. LITv2-B spends three quarters of its time in matrix products: 13.2
-GMACs over 346 MB of weights, which at batch 1 alone cost about twice the whole of swin_tiny; nothing around them can
-make up for that. BiFormer spends less than half in products of its linear layers; the rest is routed attention (gathers,
-small products), depthwise convolutions and GELU. From 384 pixels on the regions of its first stages hold hundreds of
-tokens each and attention grows with the square of a region, while the windows of swin_tiny stay as they are. At batch 8
-much of what is won is memory that is not touched: stages with many tokens take a few images at a time.
+What bounds them on a CPU, from profiles at 224 pixels. LITv2-B spends three quarters of its time in matrix products:
+13.2 GMACs over 346 MB of weights, which at batch 1 alone cost about twice the whole of swin_tiny; nothing around them
+can make up for that. BiFormer spends less than half in products of its linear layers; the rest is routed attention
+(gathers, small products), depthwise convolutions and GELU. From 384 pixels on the regions of its first stages hold
+hundreds of tokens each and attention grows with the square of a region, while the windows of swin_tiny stay as they
+are. At batch 8 much of what is won is memory that is not touched: stages with many tokens take a few images at a time.
 """
 
 

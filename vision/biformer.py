@@ -496,6 +496,7 @@ class BiFormer(PyramidBackbone):
         self.stages = self.stages[:count]
 
 
+@register_notrace_module  # so that a traced graph takes the same way, bit for bit
 class _DownsampleConv(nn.Conv2d):
     """3x3 convolution with stride 2; on a CPU as a product of patches where its weights are many and the map is small.
 
