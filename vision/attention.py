@@ -1,6 +1,6 @@
 """Scaled dot-product attention that can be listened to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ class AttentionMap(NamedTuple):
     attn: Tensor
     """`[B, heads, Nq, Nk]`, rows sum to 1; still part of the autograd graph."""
     key_grid: tuple[int, int]
-    """Height and width of the map of keys, row by row, with padding if there was any: `Nk = height * width`."""
+    """Height and width of the map of keys, row by row, with padding if there was any: `Nk = height * width`, or the
+    last so many keys where class tokens stand in front. (0, 0): the layer does not know."""
     extent: tuple[float, float]
     """Height and width that the keys cover, in units of the layer's input: above 1 where that was padded."""
 
@@ -74,21 +75,51 @@ def attend(
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionMap]]]:
-    """Keeps the attention of every layer that has an `AttentionTap`, as long as the context lasts.
+    """Keeps the attention of every layer, as long as the context lasts.
+
+    Listens to layers with an `AttentionTap`, and to any layer of timm's that has `fused_attn` and `attn_drop` (those of
+    ViT, DeiT, EVA, Swin and others): these take timm's step-by-step path inside the context and are what they were
+    afterwards. A compiled network has to be recorded before it is compiled.
 
     Args:
-        model: anything that holds operators of this package.
+        model: a network, or the part of it to listen to.
 
     Yields:
-        Layer name → its maps, one per call, in the order of the model's modules. Empty until the model runs.
+        Layer name → its maps, one per call, in the order of the model's modules. Empty until the model runs. Maps of
+        timm's layers come after their dropout and have `key_grid` (0, 0): the layer does not know its grid.
     """
-    taps = {name: module for name, module in model.named_modules() if isinstance(module, AttentionTap)}
-    kept: dict[str, list[AttentionMap]] = {name.rpartition(".")[0]: [] for name in taps}
-    before = [tap.kept for tap in taps.values()]
-    for tap, maps in zip(taps.values(), kept.values(), strict=True):
-        tap.kept = maps
+    modules = dict(model.named_modules())
+    taps = {name.rpartition(".")[0]: module for name, module in modules.items() if isinstance(module, AttentionTap)}
+    fused = {name: module for name, module in modules.items() if _is_timm_attention(module)}
+    kept: dict[str, list[AttentionMap]] = {name: [] for name in modules if name in taps or name in fused}
+    before = [(tap, "kept", tap.kept) for tap in taps.values()]
+    before += [(module, "fused_attn", module.fused_attn) for module in fused.values()]
+    handles = []
     try:
+        for name, tap in taps.items():
+            tap.kept = kept[name]
+        for name, module in fused.items():
+            module.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue] - a plain attribute
+            handles.append(module.get_submodule("attn_drop").register_forward_hook(_keeper(kept[name])))
         yield kept
     finally:
-        for tap, maps in zip(taps.values(), before, strict=True):
-            tap.kept = maps
+        for handle in handles:
+            handle.remove()
+        for module, attribute, value in before:
+            setattr(module, attribute, value)
+
+
+def _is_timm_attention(module: nn.Module) -> bool:
+    """Whether a layer has timm's two paths, of which one passes its attention through a dropout."""
+    return isinstance(getattr(module, "fused_attn", None), bool) and isinstance(
+        getattr(module, "attn_drop", None), nn.Module
+    )
+
+
+def _keeper(maps: list[AttentionMap]) -> Callable[[nn.Module, tuple, Tensor], None]:
+    """A forward hook that keeps a dropout's output as a map."""
+
+    def keep(_: nn.Module, args: tuple, attn: Tensor) -> None:
+        maps.append(AttentionMap(attn, (0, 0), (1.0, 1.0)))
+
+    return keep

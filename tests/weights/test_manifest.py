@@ -21,7 +21,7 @@ def test_every_published_checkpoint_of_both_methods_is_known():
 def test_an_entry_is_complete(e: weights.Entry):
     assert e.name.startswith(f"{e.architecture}.") and e.tag
     assert e.license in ("apache-2.0", "mit")
-    assert e.citation.startswith("@inproceedings{") and e.paper in e.citation
+    assert e.citation.startswith(("@inproceedings{", "@article{")) and e.paper in e.citation
     assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", e.paper_url)
     assert e.origin_url.startswith("https://github.com/")
     if e.source == "url":
