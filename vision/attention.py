@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionMap", "AttentionTap", "attend", "record_attention"]
+__all__ = ["AttentionMap", "AttentionTap", "attend", "attention_layers", "record_attention"]
 
 
 class AttentionMap(NamedTuple):
@@ -88,10 +88,8 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionMap]]
         Layer name → its maps, one per call, in the order of the model's modules. Empty until the model runs. Maps of
         timm's layers come after their dropout and have `key_grid` (0, 0): the layer does not know its grid.
     """
-    modules = dict(model.named_modules())
-    taps = {name.rpartition(".")[0]: module for name, module in modules.items() if isinstance(module, AttentionTap)}
-    fused = {name: module for name, module in modules.items() if _is_timm_attention(module)}
-    kept: dict[str, list[AttentionMap]] = {name: [] for name in modules if name in taps or name in fused}
+    taps, fused = _listenable(model)
+    kept: dict[str, list[AttentionMap]] = {name: [] for name in attention_layers(model)}
     before = [(tap, "kept", tap.kept) for tap in taps.values()]
     before += [(module, "fused_attn", module.fused_attn) for module in fused.values()]
     handles = []
@@ -99,7 +97,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionMap]]
         for name, tap in taps.items():
             tap.kept = kept[name]
         for name, module in fused.items():
-            module.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue] - a plain attribute
+            setattr(module, "fused_attn", False)  # noqa: B010 - typed as a constant of torch.jit
             handles.append(module.get_submodule("attn_drop").register_forward_hook(_keeper(kept[name])))
         yield kept
     finally:
@@ -107,6 +105,19 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionMap]]
             handle.remove()
         for module, attribute, value in before:
             setattr(module, attribute, value)
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Names of the layers whose attention `record_attention` can keep, in the order of the model's modules."""
+    taps, fused = _listenable(model)
+    return [name for name, _ in model.named_modules() if name in taps or name in fused]
+
+
+def _listenable(model: nn.Module) -> tuple[dict[str, AttentionTap], dict[str, nn.Module]]:
+    """Name of the layer → its tap, and name → layer for those of timm's that have none."""
+    modules = dict(model.named_modules())
+    taps = {name.rpartition(".")[0]: module for name, module in modules.items() if isinstance(module, AttentionTap)}
+    return taps, {name: m for name, m in modules.items() if name not in taps and _is_timm_attention(m)}
 
 
 def _is_timm_attention(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from test_timm_contract import create, images, small
 from torch import nn
 
-from vision.attention import AttentionTap, record_attention
+from vision.attention import AttentionTap, attention_layers, record_attention
 from vision.biformer import AttentionLePE, BiLevelRoutingAttention, BiLevelRoutingAttentionNCHW
 from vision.litv2 import HiLo
 
@@ -80,3 +80,33 @@ def test_the_map_is_part_of_the_graph(layer: nn.Module, shape: tuple[int, ...]):
     (kept,) = next(iter(layers.values()))
     (grad,) = torch.autograd.grad(out.square().sum(), kept.attn)
     assert grad.shape == kept.attn.shape and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"])
+def test_attention_of_timms_own_layers(name: str):
+    """Listened to without a change of output, differentiable, and fused again afterwards."""
+    model = timm.create_model(name, num_classes=10, img_size=56).eval()
+    x = images(2, 3, 56, 56)
+    with torch.no_grad():
+        expected = model(x)
+    assert all(block.attn.fused_attn for block in model.blocks)
+    with record_attention(model) as layers:
+        out = model(x)
+    torch.testing.assert_close(out.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert list(layers) == attention_layers(model) == [f"blocks.{i}.attn" for i in range(12)]
+    for (layer,) in layers.values():
+        assert layer.key_grid == (0, 0)
+        torch.testing.assert_close(layer.attn.sum(-1), torch.ones(layer.attn.shape[:-1]))
+    grads = torch.autograd.grad(out.square().sum(), [layer.attn for (layer,) in layers.values()])
+    assert all(grad.abs().sum() > 0 for grad in grads)
+    assert all(block.attn.fused_attn for block in model.blocks)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@torch.no_grad()
+def test_only_the_layers_listened_to_leave_the_fused_path():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32).eval()
+    with record_attention(model.blocks[3:5]) as layers:
+        assert [block.attn.fused_attn for block in model.blocks] == [i not in (3, 4) for i in range(12)]
+        model(images(1, 3, 32, 32))
+    assert [len(maps) for maps in layers.values()] == [1, 1]

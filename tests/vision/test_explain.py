@@ -10,7 +10,8 @@ import torch
 from test_timm_contract import create, images, small
 from torch import Tensor, nn
 
-from vision.explain import attention_map, class_activation, heatmap
+from vision.attention import attention_layers, record_attention
+from vision.explain import attended, attention_map, class_activation, heatmap
 from vision.pyramid import PyramidBackbone
 
 
@@ -210,3 +211,85 @@ def test_heat_is_where_the_evidence_is(small: str):
     inside = (maps * where).sum((1, 2)) / where.sum((1, 2))
     outside = (maps * ~where).sum((1, 2)) / (~where).sum((1, 2))
     assert inside.mean() > 1.5 * outside.mean(), f"inside {inside.mean():.2f}, outside {outside.mean():.2f}"
+
+
+def a_vit(**kwargs: Any) -> Any:
+    return timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), num_classes=10, depth=3, **kwargs).eval()
+
+
+def test_attention_of_a_transformer_is_equation_6_of_the_paper():
+    """Against the product of matrices written out, and for class tokens as well as for pooled ones."""
+    for model in (a_vit(), a_vit(global_pool="avg", class_token=False)):
+        x = images(2, 3, 64, 96)
+        with record_attention(model) as layers:
+            score = model(x)[:, 3].sum()
+        attn = [layer.attn for (layer,) in layers.values()]
+        relevance = torch.eye(attn[0].shape[-1]).repeat(2, 1, 1)
+        for a, grad in zip(attn, torch.autograd.grad(score, attn), strict=True):
+            relevance = relevance + (a.detach() * grad).relu().mean(1) @ relevance
+        prefix = model.num_prefix_tokens
+        row = relevance[:, 0] if prefix else relevance.sum(1)
+        expected = row[:, prefix:].unflatten(1, (1, 4, 6))
+        expected = nn.functional.interpolate(expected, (64, 96), mode="bilinear")[:, 0]
+        low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
+        maps = heatmap(model, x, 3, method="attention")
+        torch.testing.assert_close(maps, (expected - low) / (high - low), rtol=1e-2, atol=1e-3)
+
+
+def test_a_method_that_a_model_has_not_is_refused():
+    with pytest.raises(ValueError, match=r"method='cam': expected 'auto', 'attention' or 'activation'"):
+        heatmap(create("litv2"), images(), method="cam")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"ResNet has no attention to record; method='activation' works"):
+        heatmap(any_model("resnet10t"), images(), method="attention")
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2)
+    with pytest.raises(ValueError, match="SwinTransformer attends in windows"):
+        heatmap(swin, images(1), method="attention")
+    with pytest.raises(ValueError, match=r"'layers\.0\.blocks\.0\.attn' of SwinTransformer attends within windows"):
+        attended(swin, images(1), (0.5, 0.5), layer=0)
+
+
+@torch.no_grad()
+def test_attended_is_the_row_of_the_place():
+    model = a_vit()
+    x = images(2, 3, 64, 96)
+    with record_attention(model) as layers:
+        model(x)
+    row = layers["blocks.1.attn"][0].attn[:, :, 1 + 2 * 6 + 4, 1:].mean(1)  # the patch in row 2, column 4
+    expected = (row / row.amax(1, keepdim=True)).unflatten(1, (4, 6))
+    expected = expected.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    torch.testing.assert_close(attended(model, x, (0.5, 0.7), layer=1), expected)
+    torch.testing.assert_close(attended(model, x, (0.74, 0.82), layer="blocks.1.attn"), expected)
+    assert not torch.allclose(attended(model, x, (0.0, 0.0), layer=1), expected)
+    assert attended(model, x, (0.5, 0.7), layer=1, connectivity=True).unique().tolist() == [1.0]
+
+
+@torch.no_grad()
+def test_attended_shows_the_routed_regions_of_biformer():
+    model = timm.create_model("biformer_nano").eval()
+    x = images(1, 3, 224, 224)
+    name = next(n for n in attention_layers(model) if n.startswith("stages.0"))
+    regions = attended(model, x, (0.3, 0.6), layer=name, connectivity=True)[0]
+    assert set(regions.unique().tolist()) == {0.0, 1.0}, "all heads share the route"
+    attn = model.get_submodule(name)
+    assert regions.mean().item() == pytest.approx(attn.topk / attn.n_win**2)
+    row = attended(model, x, (0.3, 0.6), layer=name)[0]
+    assert row.amax() == 1 and ((row > 0) == (regions > 0)).all()
+
+
+@torch.no_grad()
+def test_attended_where_keys_are_averages_of_windows():
+    model = timm.create_model("litv2_nano").eval()
+    maps = attended(model, images(2, 3, 160, 224), (0.9, 0.1), layer=0)
+    assert maps.shape == (2, 160, 224) and maps.amax((1, 2)).tolist() == [1, 1]
+    assert maps.isfinite().all() and (maps >= 0).all()
+
+
+def test_attended_refuses_what_is_not_there():
+    model = a_vit()
+    x = images(1, 3, 64, 96)
+    with pytest.raises(ValueError, match=r"at=\(0\.5, 1\.0\): expected \(y, x\) from 0 up to"):
+        attended(model, x, (0.5, 1.0))
+    with pytest.raises(ValueError, match=r"layer=3: VisionTransformer has 3 layers of attention: blocks\.0\.attn"):
+        attended(model, x, (0.5, 0.5), layer=3)
+    with pytest.raises(ValueError, match="ResNet has no attention that can be recorded"):
+        attended(any_model("resnet10t"), x, (0.5, 0.5))
