@@ -243,9 +243,9 @@ def test_a_method_that_a_model_has_not_is_refused():
         heatmap(any_model("resnet10t"), images(), method="attention")
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2)
     with pytest.raises(ValueError, match="SwinTransformer attends in windows"):
-        heatmap(swin, images(1), method="attention")
+        heatmap(swin, images(1, 3, 64, 64), method="attention")
     with pytest.raises(ValueError, match=r"'layers\.0\.blocks\.0\.attn' of SwinTransformer attends within windows"):
-        attended(swin, images(1), (0.5, 0.5), layer=0)
+        attended(swin, images(1, 3, 64, 64), (0.5, 0.5), layer=0)
 
 
 @torch.no_grad()
