@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -134,6 +135,24 @@ def explain(
         str | None,
         typer.Option(help="Class to explain, by name or index; else the most likely.", show_default=False),
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="auto, attention (weighted by gradients) or activation (Grad-CAM).")
+    ] = "auto",
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X,Y",
+            help="Draw where this place attends, e.g. 0.5,0.5 for the middle of what the network sees.",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="With --at: attention layer, by index or name; else the last.", show_default=False),
+    ] = None,
+    connectivity: Annotated[
+        bool, typer.Option("--connectivity", help="With --at: what is attended to at all: routed regions, kept keys.")
+    ] = False,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="How strongly heat covers the picture.")] = 0.6,
     npy: Annotated[bool, typer.Option("--npy", help="Also write the bare maps as .npy.")] = False,
     model: opt.Model = DEFAULT_MODEL,
@@ -157,10 +176,11 @@ def explain(
     Example: attnsuite explain photos -o maps --target "tabby cat"
     """
     with _guarded(debug):
-        from .explain import Explain, rows_file
+        from .explain import Explain, look, rows_file
         from .models import ModelChoice
         from .run import RunOptions, run
 
+        drawn = look(method, at, layer, connectivity)
         options = RunOptions(
             inputs, rows_file(output), ModelChoice(model, checkpoint, random_weights), batch_size, workers, device, amp,
             False, recursive, glob, limit, as_json, resume, overwrite, threads,
@@ -168,8 +188,8 @@ def explain(
         summary = run(
             "explain",
             options,
-            lambda net, compute, sources: Explain(net, compute, output, sources.root, target, opacity, npy),
-            {"target": target, "opacity": opacity, "npy": npy},
+            lambda net, compute, sources: Explain(net, compute, output, sources.root, target, opacity, npy, drawn),
+            {"target": target, "opacity": opacity, "npy": npy, "look": asdict(drawn)},
             cpu_batch=8,
             gpu_batch=32,
         )

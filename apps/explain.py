@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -16,11 +18,28 @@ from .batch.stage import Batch, Column, Compute, Row, Stage
 from .errors import UsageError
 from .models import Network
 
-__all__ = ["Explain", "blend", "class_index", "rows_file"]
+__all__ = ["Explain", "Look", "blend", "class_index", "look", "rows_file"]
 
 _VIEW_SIZE = 768
 # A name that cannot be written is one input's problem; anything else (a full disk, no permission) is the run's.
 _NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What to draw.
+
+    Attributes:
+        method: How the evidence for a class is found, as `vision.explain.heatmap` takes it.
+        at: Draw instead where this place attends: x and y, fractions of what the network sees, from the upper left.
+        layer: Of which layer of attention, by index or name.
+        connectivity: Which places are attended to at all, instead of how much.
+    """
+
+    method: Literal["auto", "attention", "activation"] = "auto"
+    at: tuple[float, float] | None = None
+    layer: int | str = -1
+    connectivity: bool = False
 
 
 class Explain(Stage):
@@ -34,6 +53,7 @@ class Explain(Stage):
         target: A class to explain, by index or name; None for the most likely one.
         opacity: How strongly the hottest spot covers the picture, from 0 to 1.
         raw: Also write the bare map as `.npy`.
+        look: What to draw.
 
     Raises:
         UsageError: The network has no such class.
@@ -48,6 +68,7 @@ class Explain(Stage):
         target: str | None = None,
         opacity: float = 0.6,
         raw: bool = False,
+        look: Look = Look(),
     ) -> None:
         super().__init__(network, compute, _VIEW_SIZE)
         self.target = None if target is None else class_index(network, target)
@@ -55,6 +76,7 @@ class Explain(Stage):
         self._root = root
         self._opacity = opacity
         self._raw = raw
+        self._look = look
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -64,8 +86,6 @@ class Explain(Stage):
 
     def run(self, images: torch.Tensor, batch: Batch, places: Sequence[int]) -> list[Row]:
         """Finds the classes, asks for their maps, and writes one picture an image."""
-        from vision.explain import heatmap
-
         labels: list[Row] = [{"label": None, "prob": None}] * len(images)
         targets = None
         if self.network.labels:
@@ -80,7 +100,7 @@ class Explain(Stage):
             ]
         try:
             with self.autocast():
-                maps = heatmap(self.module, images, targets).float().cpu().numpy()
+                maps = self._maps(images, targets).float().cpu().numpy()
         except ValueError as error:
             raise UsageError(f"{self.network.label} cannot be explained: {error}") from error
         return [
@@ -92,6 +112,15 @@ class Explain(Stage):
         """Label and where the picture is."""
         label = f"{row['label']} {row['prob']:.1%} " if row["label"] else ""
         return f"{label}→ {row['heatmap']}"
+
+    def _maps(self, images: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+        from vision.explain import attended, heatmap
+
+        look = self._look
+        if look.at is None:
+            return heatmap(self.module, images, targets, look.method)
+        x, y = look.at
+        return attended(self.module, images, (y, x), look.layer, look.connectivity)
 
     def _written(self, source: Source, view: View | None, heat: np.ndarray) -> Row:
         assert view is not None
@@ -110,6 +139,36 @@ class Explain(Stage):
                 raise
             return {"error": f"cannot write the heat map: {error.strerror}"}
         return row
+
+
+def look(method: str, at: str | None, layer: str | None, connectivity: bool) -> Look:
+    """Reads what to draw from the options of the command.
+
+    Args:
+        method: 'auto', 'attention' or 'activation'.
+        at: `"0.5,0.25"`, x and y.
+        layer: Index or name.
+        connectivity: See `Look`.
+
+    Raises:
+        UsageError: A place that is none, or an option without the one it belongs to.
+    """
+    if method not in ("auto", "attention", "activation"):
+        raise UsageError(f"--method {method}: expected auto, attention or activation")
+    if at is None:
+        if layer is not None or connectivity:
+            raise UsageError("--layer and --connectivity say what to draw of a place: give that with --at X,Y")
+        return Look(method)
+    if method != "auto":
+        raise UsageError("--method explains a class, --at shows where a place attends: give one of them")
+    try:
+        x, y = (float(part) for part in at.split(","))
+    except ValueError:
+        x = y = -1.0
+    if not (0 <= x < 1 and 0 <= y < 1):
+        raise UsageError(f"--at {at}: expected X,Y as fractions of the width and height, each from 0 to below 1")
+    number = (layer or "-1").removeprefix("-").isdigit()
+    return Look(method, (x, y), int(layer or -1) if number else str(layer), connectivity)
 
 
 def rows_file(folder: str) -> str:

@@ -130,7 +130,7 @@ def attended(
         maps = next(iter(layers.values()))
     if len(maps) != 1 or len(maps[0].attn) != len(images):
         raise ValueError(
-            f"layer {name!r} of {type(model).__name__} attends in windows of its own; choose another layer."
+            f"layer {name!r} of {type(model).__name__} attends within windows; choose another layer."
         )
     attn, grid, extent = maps[0]
     prefix, h, w = (

@@ -136,3 +136,36 @@ def test_blending_follows_the_box_and_the_opacity():
     assert (blend(View(picture, (10.0, 0.0, 50.0, 40.0)), heat, 0.0) == 128).all()
     beyond = blend(View(picture, (-20.0, -30.0, 80.0, 70.0)), np.ones((8, 8)), 1.0)
     assert (beyond == hot).all()
+
+
+def test_where_a_place_attends(run, tmp_path):
+    """A row of one layer's attention; with --connectivity the regions that BiFormer routes to."""
+    own = ("--model", "biformer_nano", "--random-weights", "--npy", "--at", "0.2,0.7")
+    for options in (("--layer", "-1"), ("--layer", "stages.1.0.attn", "--connectivity")):
+        done = run("explain", SAMPLES / "cat.jpg", "-o", "maps", *own, *options, "--overwrite")
+        assert done.code == 0, done.err
+        heat = np.load(tmp_path / "maps" / "cat.jpg.npy")
+        assert heat.shape == (224, 224) and heat.max() == 1
+        assert "--connectivity" not in options or set(np.unique(heat)) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--at", "0.5"), "--at 0.5: expected X,Y as fractions"),
+        (("--at", "0.5,1"), "--at 0.5,1: expected X,Y as fractions"),
+        (("--at", "a,b"), "--at a,b: expected X,Y as fractions"),
+        (("--layer", "3"), "give that with --at X,Y"),
+        (("--method", "rise"), "--method rise: expected auto, attention or activation"),
+        (("--method", "activation", "--at", "0.5,0.5"), "give one of them"),
+        (("--at", "0.5,0.5"), "EfficientNet has no attention that can be recorded"),
+        (("--method", "attention"), "EfficientNet has no attention to record"),
+        (
+            ("--model", "litv2_nano", "--random-weights", "--at", "0.5,0.5", "--layer", "99"),
+            "has 3 layers of attention",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_wrong_command(run, options, message):
+    done = run("explain", SAMPLES / "cat.jpg", "-o", "maps", *options)
+    assert done.code == 2 and message in done.err, done.err
