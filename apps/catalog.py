@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
+import json
 import math
 import warnings
 from dataclasses import asdict, dataclass
+from importlib import resources
 from typing import Any
 
 from .errors import UsageError
 from .models import DEFAULT_MODEL
 
-__all__ = ["ModelFacts", "catalog"]
+__all__ = ["ModelFacts", "catalog", "measure", "own_names"]
 
-# Measuring means building, about a tenth of a second a model: too long for all of timm at once.
+# Measuring means building, about half a second a model: too long for all of timm at once.
 _MEASURED_AT_MOST = 60
 
 
@@ -59,7 +62,7 @@ def catalog(pattern: str | None, everything: bool) -> list[ModelFacts]:
     """
     import attnsuite  # noqa: F401 - registers our models
 
-    names = _ours() if not everything else _all()
+    names = own_names() if not everything else _all()
     if pattern is not None:
         wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
         names = [name for name in names if fnmatch.fnmatch(name, wanted)]
@@ -69,13 +72,21 @@ def catalog(pattern: str | None, everything: bool) -> list[ModelFacts]:
     return [_facts(name, measured=len(names) <= _MEASURED_AT_MOST) for name in names]
 
 
-def _ours() -> list[str]:
+def own_names() -> list[str]:
     """Our architectures, and the classifier that is the default of every verb."""
     import timm
+
+    import attnsuite  # noqa: F401 - registers our models
 
     names = timm.list_models()
     own = [name for name in names if timm.model_entrypoint(name).__module__.partition(".")[0] == "vision"]
     return [*own, DEFAULT_MODEL]
+
+
+@functools.cache
+def _measured_before() -> dict[str, tuple[float, float | None]]:
+    """Parameters (M) and multiply-adds (G) of our own models, as `docs/tables.py` measured and wrote them."""
+    return json.loads(resources.files("apps").joinpath("sizes.json").read_text(encoding="utf-8"))
 
 
 def _all() -> list[str]:
@@ -89,7 +100,7 @@ def _facts(name: str, measured: bool) -> ModelFacts:
 
     import weights
 
-    params, gmacs = _measure(name) if measured else (None, None)
+    params, gmacs = _measured_before().get(name) or (measure(name) if measured else (None, None))
     entry = next((e for e in weights.entries() if e.default and e.architecture == name), None)
     if entry is None:
         module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
@@ -114,7 +125,7 @@ def _published(architecture: str) -> tuple[str | None, bool]:
     return url, False
 
 
-def _measure(name: str) -> tuple[float, float | None]:
+def measure(name: str) -> tuple[float, float | None]:
     """Parameters (M) and multiply-accumulates (G), counted on tensors without storage."""
     import timm
     import torch
