@@ -1,12 +1,13 @@
 """Time and memory of the backbones, against timm's networks and against plain transcriptions of the papers' equations.
 
-    python benchmarks/backbones.py                         # all, 224 px, batch 1 and 8
+    python benchmarks/backbones.py                         # pyramids, over swin_tiny: 224 px, batch 1 and 8
+    python benchmarks/backbones.py --group tokens          # the others, over deit_small: 224 px, batch 8
     python benchmarks/backbones.py --size 384 512 --models biformer_tiny litv2_small
     python benchmarks/backbones.py --memory                # peak resident memory too, a fresh process each
 
 Everything that is compared runs in turns in one process, A B C A B C …; what counts is the median, over the turns, of
-the ratio to swin_tiny of the same turn, so that a drifting machine cancels out. fp32, eval, inference mode, weights as
-initialised; no warm cache is left out but one round before the measured ones.
+the ratio to the group's reference of the same turn, so that a drifting machine cancels out. fp32, eval, inference mode,
+weights as initialised; no warm cache is left out but one round before the measured ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +36,74 @@ from torchvision.ops import deform_conv2d  # noqa: E402
 
 from vision import biformer, litv2  # noqa: E402
 
-REFERENCE = "swin_tiny_patch4_window7_224"
-OURS = ("biformer_tiny", "biformer_small", "biformer_base", "litv2_small", "litv2_base")
-THEIRS = ("convnext_tiny", "deit_small_patch16_224")
-# The authors' code, fp32, 2 threads, time over swin_tiny at 224 px: batch 1, batch 8.
-OFFICIAL = {
-    "biformer_tiny": (1.15, 1.11),
-    "biformer_small": (2.34, 2.23),
-    "biformer_base": (3.68, 4.50),
-    "litv2_small": (1.10, 1.05),
-    "litv2_base": (2.46, 2.56),
+
+@dataclass(frozen=True)
+class Group:
+    """Networks that are measured against one another."""
+
+    reference: str
+    ours: tuple[str, ...]
+    others: tuple[str, ...]
+    batches: tuple[int, ...]
+    official: dict[tuple[str, int], float]
+    """(name, batch) → the authors' code: fp32, 2 threads, time over the reference at 224 px."""
+
+
+GROUPS = {
+    "pyramids": Group(
+        reference="swin_tiny_patch4_window7_224",
+        ours=("biformer_tiny", "biformer_small", "biformer_base", "litv2_small", "litv2_base"),
+        others=("convnext_tiny", "deit_small_patch16_224"),
+        batches=(1, 8),
+        official={
+            ("biformer_tiny", 1): 1.15,
+            ("biformer_tiny", 8): 1.11,
+            ("biformer_small", 1): 2.34,
+            ("biformer_small", 8): 2.23,
+            ("biformer_base", 1): 3.68,
+            ("biformer_base", 8): 4.50,
+            ("litv2_small", 1): 1.10,
+            ("litv2_small", 8): 1.05,
+            ("litv2_base", 1): 2.46,
+            ("litv2_base", 8): 2.56,
+        },
+    ),
+    "tokens": Group(
+        reference="deit_small_patch16_224",
+        ours=(
+            "sparsifiner_deit_tiny_patch16_224",
+            "sparsifiner_deit_small_patch16_224",
+            "sparsifiner_deit_base_patch16_224",
+            "sparsifiner_lvvit_small",
+            "tap_fan_tiny_8_p4_hybrid",
+            "tap_fan_small_12_p4_hybrid",
+            "tap_fan_base_16_p4_hybrid",
+            "fan_base_16_p4_hybrid",
+            "tap_fan_large_16_p4_hybrid",
+            "tap_rvt_small_plus",
+            "tap_rvt_base_plus",
+            "psa_hrnet_w48_ocr",
+        ),
+        others=("deit_tiny_patch16_224", "deit_base_patch16_224"),
+        batches=(8,),
+        official={
+            ("sparsifiner_deit_tiny_patch16_224", 8): 0.70,
+            ("sparsifiner_deit_small_patch16_224", 8): 1.87,
+            ("sparsifiner_deit_base_patch16_224", 8): 5.5,
+            ("sparsifiner_lvvit_small", 8): 2.68,
+            ("tap_fan_tiny_8_p4_hybrid", 8): 1.74,
+            ("tap_fan_small_12_p4_hybrid", 8): 2.8,
+            ("tap_fan_base_16_p4_hybrid", 8): 4.4,
+            ("fan_base_16_p4_hybrid", 8): 3.6,
+            ("tap_fan_large_16_p4_hybrid", 8): 6.2,
+            ("tap_rvt_small_plus", 8): 2.04,
+            ("tap_rvt_base_plus", 8): 8.3,
+            ("psa_hrnet_w48_ocr", 8): 8.7,
+        },
+    ),
 }
+# What a network must be built with to be what the authors measured.
+BUILT_WITH: dict[str, dict[str, Any]] = {"psa_hrnet_w48_ocr": {"layout": "sequential"}}
 
 
 def routed_attention_as_written(q, k, v, index, size, num_heads, scale, **_) -> Tensor:
@@ -112,14 +171,16 @@ def as_written():
 
 
 def _build(name: str, size: int) -> nn.Module:
-    sized: dict[str, Any] = {"img_size": size} if "swin" in name or "deit" in name else {}
-    return timm.create_model(name, **sized).eval()
+    sized: dict[str, Any] = {"img_size": size} if any(part in name for part in ("swin", "deit", "lvvit")) else {}
+    return timm.create_model(name, **sized, **BUILT_WITH.get(name, {})).eval()
 
 
-def time_in_turns(names: list[str], size: int, batch: int, turns: int, transcriptions: bool) -> list[dict[str, Any]]:
+def time_in_turns(
+    group: Group, names: list[str], size: int, batch: int, turns: int, transcriptions: bool
+) -> list[dict[str, Any]]:
     """One row per network: median milliseconds, and the median ratio to the reference of the same turn."""
-    models = {name: _build(name, size) for name in dict.fromkeys((REFERENCE, *names))}
-    written = [name for name in models if transcriptions and name in OURS]
+    models = {name: _build(name, size) for name in dict.fromkeys((group.reference, *names))}
+    written = [name for name in models if transcriptions and name in group.ours]
     images = torch.randn(batch, 3, size, size)
     seconds: dict[str, list[float]] = {name: [] for name in (*models, *(f"{n} as written" for n in written))}
     with torch.inference_mode():
@@ -133,10 +194,9 @@ def time_in_turns(names: list[str], size: int, batch: int, turns: int, transcrip
                         elapsed = _seconds(model, images)
                 if turn:
                     times.append(elapsed)
-    reference = seconds[REFERENCE]
+    reference = seconds[group.reference]
     rows = []
     for label, times in seconds.items():
-        official = OFFICIAL.get(label, (None, None))[{1: 0, 8: 1}.get(batch, 0)] if size == 224 else None
         ratios = [a / b for a, b in zip(times, reference, strict=True)]
         rows.append(
             {
@@ -145,7 +205,7 @@ def time_in_turns(names: list[str], size: int, batch: int, turns: int, transcrip
                 "batch": batch,
                 "ms": round(statistics.median(times) * 1e3, 1),
                 "ratio": round(statistics.median(ratios), 3),
-                "official_ratio": official if batch in (1, 8) else None,
+                "official_ratio": group.official.get((label, batch)) if size == 224 else None,
             }
         )
     return rows
@@ -182,9 +242,10 @@ def _measure_memory(name: str, size: int, batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=[*OURS, *THEIRS])
+    parser.add_argument("--group", choices=GROUPS, default="pyramids")
+    parser.add_argument("--models", nargs="+", help="instead of all of the group")
     parser.add_argument("--size", nargs="+", type=int, default=[224])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--batch", nargs="+", type=int)
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-transcriptions", action="store_true", help="leave the plain transcriptions out")
@@ -197,19 +258,21 @@ def main() -> None:
         _measure_memory(args.measure_memory_of, args.size[0], args.batch[0])
         return
 
+    group = GROUPS[args.group]
+    names = args.models or [*group.ours, *group.others]
     rows = []
     for size in args.size:
-        for batch in args.batch:
-            for row in time_in_turns(args.models, size, batch, args.turns, not args.no_transcriptions):
+        for batch in args.batch or group.batches:
+            for row in time_in_turns(group, names, size, batch, args.turns, not args.no_transcriptions):
                 if args.memory:
                     row["peak_mb"] = round(peak_memory(row["model"], size, batch))
                 rows.append(row)
                 print("  ".join(f"{key} {value}" for key, value in row.items() if value is not None), flush=True)
     if args.json:
         machine = {"cpu": _cpu(), "threads": args.threads, "torch": torch.__version__, "timm": timm.__version__}
-        args.json.write_text(
-            json.dumps({"command": "python benchmarks/backbones.py", **machine, "rows": rows}, indent=1)
-        )
+        command = "python benchmarks/backbones.py" + (f" --group {args.group}" if args.group != "pyramids" else "")
+        report = {"command": command, "reference": group.reference, **machine, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1))
 
 
 def _cpu() -> str:
