@@ -1,5 +1,5 @@
 """Vision attention backbones and operators; importing this package registers every model with timm."""
 
-from vision import attention, biformer, explain, litv2, rollout
+from vision import attention, biformer, explain, fan, litv2, rollout, rvt, tap
 
-__all__ = ["attention", "biformer", "explain", "litv2", "rollout"]
+__all__ = ["attention", "biformer", "explain", "fan", "litv2", "rollout", "rvt", "tap"]
