@@ -20,6 +20,7 @@ __all__ = [
     "Segmenter",
     "palette",
     "resize_maps",
+    "scale_images",
     "segmentation_loss",
     "sliding_window",
 ]
@@ -73,7 +74,7 @@ def palette(names: Sequence[str]) -> list[tuple[int, int, int]]:
 
 
 def _spread_color(index: int) -> tuple[int, int, int]:
-    """The bits of a number dealt out to red, green and blue, lowest first into the highest: near numbers lie far apart."""
+    """The bits of a number dealt out to red, green and blue, lowest into highest: near numbers lie far apart."""
     red, green, blue = (sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
     return red, green, blue
 
@@ -164,7 +165,7 @@ class Segmenter(nn.Module, ABC):
         return logits[0] if len(logits) == 1 else torch.stack(logits).logsumexp(0)
 
     def predict(self, images: Tensor, scales: Sequence[float] | None = None) -> Tensor:
-        """Logits as the published accuracy was measured: every size in `scales`, crop by crop where there is a `window`.
+        """Logits as the published accuracy was measured: all `scales`, crop by crop where there is a `window`.
 
         Memory beyond that of one crop is that of the result. Gradients flow, so wrap in `torch.inference_mode()`.
 
