@@ -1,0 +1,161 @@
+"""Draws the pictures of docs/methods/: docs/images/<method>.png.
+
+    python docs/pictures.py                # all, some minutes
+    python docs/pictures.py biformer psa   # some
+
+The papers' checkpoints cannot be assumed to be on a machine, and attention of random weights shows little. So each
+picture's network first learns, for about a minute, which of the sample photographs a crop comes from; what is drawn
+is what came of that, with the seed fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import attnsuite  # noqa: E402, F401 - registers the models
+from vision.attention import attention_layers  # noqa: E402
+from vision.explain import attended, heatmap  # noqa: E402
+
+IMAGES = ROOT / "docs" / "images"
+SAMPLES = sorted((ROOT / "samples").glob("*.jpg"))
+SIDE = 224
+MEAN, STD = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN), torch.tensor(timm.data.IMAGENET_DEFAULT_STD)
+
+
+def photographs(side: int = SIDE) -> Tensor:
+    """The samples, squared and normalised, `[5, 3, side, side]`."""
+    square = v2.Compose([v2.PILToTensor(), v2.Resize(side, antialias=True), v2.CenterCrop(side)])
+    pictures = torch.stack([square(Image.open(path).convert("RGB")) for path in SAMPLES])
+    return (pictures / 255 - MEAN[:, None, None]) / STD[:, None, None]
+
+
+def colours(image: Tensor) -> np.ndarray:
+    """A normalised image `[3, H, W]` as `(H, W, 3)`, uint8."""
+    picture = (image * STD[:, None, None] + MEAN[:, None, None]).clamp(0, 1) * 255
+    return picture.permute(1, 2, 0).byte().numpy()
+
+
+def taught(model: nn.Module, steps: int = 120, batch: int = 16, lr: float = 5e-4) -> nn.Module:
+    """A network with five classes after it has learnt which photograph a crop comes from."""
+    crop = v2.Compose(
+        [
+            v2.RandomResizedCrop(SIDE, (0.2, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.3, 0.3, 0.3),
+        ]
+    )
+    pictures = [v2.functional.pil_to_tensor(Image.open(path).convert("RGB")) for path in SAMPLES]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    model.train()
+    for _ in range(steps):
+        labels = torch.randint(len(SAMPLES), (batch,))
+        x = torch.stack([crop(pictures[i]) for i in labels.tolist()])
+        x = (x / 255 - MEAN[:, None, None]) / STD[:, None, None]
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    print(f"{type(model).__name__}: loss {loss.item():.2f}", flush=True)
+    return model.eval()
+
+
+def overlay(image: Tensor, heat: Tensor, opacity: float = 0.65) -> np.ndarray:
+    """A map `[H, W]` from 0 to 1 over a normalised image."""
+    field = heat.clamp(0, 1).numpy()
+    hot = cv2.applyColorMap((field * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    cover = (opacity * np.sqrt(field))[..., None]
+    return (colours(image) * (1 - cover) + hot * cover).round().astype(np.uint8)
+
+
+def chosen(image: Tensor, mask: Tensor) -> np.ndarray:
+    """The image where a mask `[H, W]` from 0 to 1 lets it through, grey and dark elsewhere."""
+    picture = colours(image).astype(np.float32)
+    grey = picture.mean(2, keepdims=True) * 0.3
+    return (grey + (picture - grey) * mask.numpy()[..., None]).round().astype(np.uint8)
+
+
+def marked(picture: np.ndarray, at: tuple[float, float]) -> np.ndarray:
+    """A white ring at a place `(y, x)`, fractions."""
+    drawn = picture.copy()
+    centre = round(at[1] * drawn.shape[1]), round(at[0] * drawn.shape[0])
+    cv2.circle(drawn, centre, 8, (0, 0, 0), 4, cv2.LINE_AA)
+    cv2.circle(drawn, centre, 8, (255, 255, 255), 2, cv2.LINE_AA)
+    return drawn
+
+
+def sheet(name: str, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
+    """Writes rows of titled panels as one picture."""
+    title, gap = 22, 8
+    height, width = rows[0][0][1].shape[:2]
+    columns = max(len(row) for row in rows)
+    page = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + title)), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for r, row in enumerate(rows):
+        for c, (text, panel) in enumerate(row):
+            left, top = c * (width + gap), r * (height + title)
+            draw.text((left + 2, top + 2), text, fill="black", font=font)
+            page.paste(Image.fromarray(panel), (left, top + title))
+    IMAGES.mkdir(exist_ok=True)
+    page.quantize(256).save(IMAGES / f"{name}.png", optimize=True)
+
+
+_CAT, _COFFEE = (next(i for i, path in enumerate(SAMPLES) if path.stem == stem) for stem in ("cat", "coffee"))
+
+
+def biformer() -> None:
+    """Routed regions of one place in three stages, and the attention inside them."""
+    model: Any = taught(timm.create_model("biformer_nano", num_classes=5))
+    image, at = photographs()[_CAT, None], (0.42, 0.55)
+    layers = [name for name in attention_layers(model) if int(name.split(".")[1]) < 3]
+    rows = [[("query", marked(colours(image[0]), at))], [("evidence", overlay(image[0], heatmap(model, image)[0]))]]
+    for name in (layers[0], layers[1], layers[-1]):
+        stage = f"stage {int(name.split('.')[1]) + 1}"
+        routed = attended(model, image, at, name, connectivity=True)[0]
+        rows[0].append((f"{stage}: routed regions", marked(chosen(image[0], routed), at)))
+        rows[1].append((f"{stage}: attention", marked(overlay(image[0], attended(model, image, at, name)[0]), at)))
+    sheet("biformer", rows)
+
+
+def litv2() -> None:
+    """Lo-Fi attention of one place to the windows' averages, and the evidence for the class."""
+    model: Any = taught(timm.create_model("litv2_nano", num_classes=5))
+    rows = []
+    for index, at in ((_CAT, (0.42, 0.55)), (_COFFEE, (0.5, 0.5))):
+        image = photographs()[index, None]
+        panels = [("query", marked(colours(image[0]), at))]
+        for layer in (0, 1):
+            heat = attended(model, image, at, layer)[0]
+            panels.append((f"Lo-Fi attention, layer {layer + 1}", marked(overlay(image[0], heat), at)))
+        rows.append([*panels, ("evidence", overlay(image[0], heatmap(model, image)[0]))])
+    sheet("litv2", rows)
+
+
+PICTURES: dict[str, Callable[[], None]] = {"biformer": biformer, "litv2": litv2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", choices=[[], *PICTURES], help="all without one")
+    for name in parser.parse_args().methods or PICTURES:
+        torch.manual_seed(0)
+        PICTURES[name]()
+        print(f"docs/images/{name}.png")
+
+
+if __name__ == "__main__":
+    main()
