@@ -1,10 +1,11 @@
 """Vision attention backbones and operators; importing this package registers every model with timm."""
 
-from vision import attention, biformer, explain, fan, hrnet_ocr, litv2, ocr, psa, rollout, rvt, segmentation, tap
+from vision import attention, biformer, ela, explain, fan, hrnet_ocr, litv2, ocr, psa, rollout, rvt, segmentation, tap
 
 __all__ = [
     "attention",
     "biformer",
+    "ela",
     "explain",
     "fan",
     "hrnet_ocr",
