@@ -21,6 +21,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -34,7 +35,7 @@ from vision.explain import attended, heatmap  # noqa: E402
 IMAGES = ROOT / "docs" / "images"
 SAMPLES = sorted((ROOT / "samples").glob("*.jpg"))
 SIDE = 224
-MEAN, STD = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN), torch.tensor(timm.data.IMAGENET_DEFAULT_STD)
+MEAN, STD = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
 
 
 def photographs(side: int = SIDE) -> Tensor:
