@@ -136,7 +136,7 @@ def explain(
         typer.Option(help="Class to explain, by name or index; else the most likely.", show_default=False),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="auto, attention (weighted by gradients) or activation (Grad-CAM).")
+        str, typer.Option(help="auto, attention (weighted by gradients), activation (Grad-CAM), rollout (no class).")
     ] = "auto",
     at: Annotated[
         str | None,

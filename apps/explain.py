@@ -36,7 +36,7 @@ class Look:
         connectivity: Which places are attended to at all, instead of how much.
     """
 
-    method: Literal["auto", "attention", "activation"] = "auto"
+    method: Literal["auto", "attention", "activation", "rollout"] = "auto"
     at: tuple[float, float] | None = None
     layer: int | str = -1
     connectivity: bool = False
@@ -145,7 +145,7 @@ def look(method: str, at: str | None, layer: str | None, connectivity: bool) -> 
     """Reads what to draw from the options of the command.
 
     Args:
-        method: 'auto', 'attention' or 'activation'.
+        method: 'auto', 'attention', 'activation' or 'rollout'.
         at: `"0.5,0.25"`, x and y.
         layer: Index or name.
         connectivity: See `Look`.
@@ -153,8 +153,8 @@ def look(method: str, at: str | None, layer: str | None, connectivity: bool) -> 
     Raises:
         UsageError: A place that is none, or an option without the one it belongs to.
     """
-    if method not in ("auto", "attention", "activation"):
-        raise UsageError(f"--method {method}: expected auto, attention or activation")
+    if method not in ("auto", "attention", "activation", "rollout"):
+        raise UsageError(f"--method {method}: expected auto, attention, activation or rollout")
     if at is None:
         if layer is not None or connectivity:
             raise UsageError("--layer and --connectivity say what to draw of a place: give that with --at X,Y")

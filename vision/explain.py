@@ -13,7 +13,7 @@ And `attended`: where one place of the image attends, in one layer.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from vision.attention import AttentionMap, attention_layers, record_attention
 from vision.pyramid import PyramidBackbone
+from vision.rollout import rollout
 
-__all__ = ["attended", "attention_map", "class_activation", "heatmap"]
+__all__ = ["Method", "attended", "attention_map", "class_activation", "heatmap"]
 
+Method = Literal["auto", "attention", "activation", "rollout"]
 _MAX_TOKENS = 1024  # of a layer whose attention, quadratic in this, is recorded
 
 
@@ -31,7 +33,7 @@ def heatmap(
     model: nn.Module,
     images: Tensor,
     target: int | Tensor | None = None,
-    method: Literal["auto", "attention", "activation"] = "auto",
+    method: Method = "auto",
 ) -> Tensor:
     """Where the evidence for a class lies.
 
@@ -41,7 +43,8 @@ def heatmap(
         target: a class for all images, or one each, `[B]`; by default each image's most likely one. A model without
             classifier is asked for what makes its pooled features large.
         method: 'attention' for `attention_map`, 'activation' for `class_activation`, 'auto' for the first where a
-            pyramid of this package attends, else the second.
+            pyramid of this package attends, else the second; 'rollout' for `vision.rollout.rollout`, which knows no
+            classes and so does not see `target`.
 
     Returns:
         `[B, H, W]`, float32, from 0 to 1 in each image (all 0 where nothing speaks for the class).
@@ -52,9 +55,12 @@ def heatmap(
     """
     if method == "auto":
         method = "attention" if isinstance(model, PyramidBackbone) and attention_layers(model) else "activation"
+    if method == "rollout":
+        with _gradients(model, images) as images:
+            return _to_unit(_resize(rollout(model, images), images.shape[-2:]))
     ways = {"attention": attention_map, "activation": class_activation}
     if method not in ways:
-        raise ValueError(f"method={method!r}: expected 'auto', 'attention' or 'activation'.")
+        raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}.")
     return ways[method](model, images, target)
 
 
@@ -129,9 +135,7 @@ def attended(
         model(images)
         maps = next(iter(layers.values()))
     if len(maps) != 1 or len(maps[0].attn) != len(images):
-        raise ValueError(
-            f"layer {name!r} of {type(model).__name__} attends within windows; choose another layer."
-        )
+        raise ValueError(f"layer {name!r} of {type(model).__name__} attends within windows; choose another layer.")
     attn, grid, extent = maps[0]
     prefix, h, w = (
         (attn.shape[-1] - grid[0] * grid[1], *grid) if grid[0] else _token_grid(model, attn.shape[-1], images)

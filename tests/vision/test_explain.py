@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vision.attention import attention_layers, record_attention
 from vision.explain import attended, attention_map, class_activation, heatmap
 from vision.pyramid import PyramidBackbone
+from vision.rollout import rollout
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_attention_of_a_transformer_is_equation_6_of_the_paper():
 
 
 def test_a_method_that_a_model_has_not_is_refused():
-    with pytest.raises(ValueError, match=r"method='cam': expected 'auto', 'attention' or 'activation'"):
+    with pytest.raises(ValueError, match=r"method='cam': expected one of 'auto', 'attention', 'activation', 'rollout'"):
         heatmap(create("litv2"), images(), method="cam")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"ResNet has no attention to record; method='activation' works"):
         heatmap(any_model("resnet10t"), images(), method="attention")
@@ -293,3 +294,14 @@ def test_attended_refuses_what_is_not_there():
         attended(model, x, (0.5, 0.5), layer=3)
     with pytest.raises(ValueError, match="ResNet has no attention that can be recorded"):
         attended(any_model("resnet10t"), x, (0.5, 0.5))
+
+
+def test_rollout_is_one_of_the_methods():
+    model = a_vit().train()
+    x = images(2, 3, 64, 96)
+    maps = heatmap(model, x, method="rollout")
+    expected = rollout(model.eval(), x)
+    assert maps.shape == (2, 64, 96) and maps.amax((1, 2)).tolist() == pytest.approx([1, 1])
+    assert maps[0, 8::16, 8::16].argmax() == expected[0].argmax()
+    with pytest.raises(ValueError, match="ResNet has no `blocks` and `patch_embed` to roll out"):
+        heatmap(any_model("resnet10t"), x, method="rollout")
