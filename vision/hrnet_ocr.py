@@ -218,7 +218,8 @@ class PolarizedHRNetOCR(Segmenter):
             self.scale_attn = None
         return take
 
-    def _at_scale(self, x: Tensor, scale: float) -> ScalePrediction:
+    def predict_scale(self, x: Tensor, scale: float) -> ScalePrediction:
+        """One pass over images `[B, in_chans, H, W]` at one size; `scale` is a factor on H and W."""
         if scale != 1:
             x = scale_images(x, scale)
         size = x.shape[-2:]
@@ -241,7 +242,7 @@ class PolarizedHRNetOCR(Segmenter):
         if self.scale_attn is None:
             return super().forward_scales(x, scales)
         scales = sorted(scales, reverse=True)
-        predictions = [self._at_scale(x, scale) for scale in scales]
+        predictions = [self.predict_scale(x, scale) for scale in scales]
         attention: Any = [prediction.attention for prediction in predictions]
         fused = fuse_scales(scales, [prediction.logits for prediction in predictions], attention)
         return resize_maps(fused, x.shape[-2:])
@@ -250,7 +251,7 @@ class PolarizedHRNetOCR(Segmenter):
         """`forward` with everything that a training objective needs."""
         size = x.shape[-2:]
         scales = [1.0] if self.scale_attn is None else [1.0, self.low_scale]
-        predictions = tuple(self._at_scale(x, scale) for scale in scales)
+        predictions = tuple(self.predict_scale(x, scale) for scale in scales)
         attention: Any = [prediction.attention for prediction in predictions]
         aux = [resize_maps(p.regions, p.logits.shape[-2:]) for p in predictions]
         return MultiScaleOutput(
