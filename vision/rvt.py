@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model, register_notrace_module
+from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 import weights
@@ -102,9 +102,7 @@ class PositionAwareAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
 
-register_notrace_module(
-    PositionAwareAttention
-)  # as a call: the decorator would hide the class's own methods from type checkers
+register_notrace_module(PositionAwareAttention)  # a decorator would hide its methods from type checkers
 
 
 def resize_mask(mask: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -232,7 +230,9 @@ class _Stage(nn.Module):
 class RVT(PyramidBackbone):
     """RVT: stages of `RVTBlock`s, the first at stride 16; no position embedding and no class token.
 
-    Takes any image size from 16 pixels on; see `PositionAwareAttention` for networks with masks.
+    Takes any image size from 16 pixels on; see `PositionAwareAttention` for networks with masks. Since most variants
+    have one stride only, it is the blocks that count as stages of a pyramid here (`features_only`,
+    `forward_intermediates`, `stage_blocks`).
 
     Args:
         in_chans: channels of the images.
@@ -287,8 +287,10 @@ class RVT(PyramidBackbone):
         self.patch_embed = _PatchEmbed(in_chans, dims[0], **dd)
         self.transformers = nn.ModuleList(_Stage([block(s, i) for i in range(d)]) for s, d in enumerate(depths))
         self.pools = nn.ModuleList(_Pool(dim, **dd) for dim in dims[:-1])
+        self._places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 16 * 2**s, "module": f"transformers.{s}.blocks"} for s, dim in enumerate(dims)
+            {"num_chs": dims[stage], "reduction": 16 * 2**stage, "module": f"transformers.{stage}.blocks.{block}"}
+            for stage, block in self._places
         ]
         self.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(dims[-1], eps=1e-6, **dd)
@@ -326,16 +328,23 @@ class RVT(PyramidBackbone):
         }
 
     def stage_blocks(self, index: int) -> nn.Module:
-        return self.transformers.get_submodule(f"{index}.blocks")
+        stage, block = self._places[index]
+        return self.transformers.get_submodule(f"{stage}.blocks.{block}")
 
     def forward_stage(self, index: int, x: Tensor) -> Tensor:
-        # [B, H, W, C] inside a stage; outside of it the same memory seen as [B, C, H, W].
-        x = self.pools.get_submodule(str(index - 1))(x) if index else self.patch_embed(x)
-        return self.run_blocks(index, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # [B, H, W, C] inside a block; outside of it the same memory seen as [B, C, H, W].
+        stage, block = self._places[index]
+        if block == 0:
+            x = self.pools.get_submodule(str(stage - 1))(x) if stage else self.patch_embed(x)
+        run = self.stage_blocks(index)
+        x = x.permute(0, 2, 3, 1)
+        return (checkpoint(run, x) if self.grad_checkpointing else run(x)).permute(0, 3, 1, 2)
 
     def keep_stages(self, count: int) -> None:
-        self.transformers = self.transformers[:count]
-        self.pools = self.pools[: count - 1]
+        stage, block = self._places[count - 1]
+        self.transformers = self.transformers[: stage + 1]
+        self.transformers[stage] = _Stage(list(self.transformers.get_submodule(f"{stage}.blocks").children())[: block + 1])
+        self.pools = self.pools[:stage]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map to logits `[B, num_classes]`, or to `[B, head_hidden_size]` with `pre_logits`.
@@ -408,14 +417,13 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_rvt(variant: str, pretrained: bool, defaults: dict, kwargs: dict) -> RVT:
-    kwargs = {**defaults, **kwargs}
     return weights.build_model(
         RVT,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"},
-        **kwargs,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{**defaults, **kwargs},
     )
 
 

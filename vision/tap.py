@@ -110,9 +110,7 @@ class TokenAwareAveragePooling(nn.Module):
         return y.view(B, H, W, C)
 
 
-register_notrace_module(
-    TokenAwareAveragePooling
-)  # as a call: the decorator would hide the class's own methods from type checkers
+register_notrace_module(TokenAwareAveragePooling)  # a decorator would hide its methods from type checkers
 
 
 @lru_cache(maxsize=32)
