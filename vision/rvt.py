@@ -343,7 +343,9 @@ class RVT(PyramidBackbone):
     def keep_stages(self, count: int) -> None:
         stage, block = self._places[count - 1]
         self.transformers = self.transformers[: stage + 1]
-        self.transformers[stage] = _Stage(list(self.transformers.get_submodule(f"{stage}.blocks").children())[: block + 1])
+        self.transformers[stage] = _Stage(
+            list(self.transformers.get_submodule(f"{stage}.blocks").children())[: block + 1]
+        )
         self.pools = self.pools[:stage]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

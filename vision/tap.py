@@ -13,9 +13,9 @@ Written from the paper and checked against outputs of the authors' code. What di
 The networks that the paper builds on are `vision.fan` and `vision.rvt`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +214,7 @@ def _above(x: Tensor, threshold: float) -> Tensor:
 
 
 class ADLCriterion(nn.Module):
-    """Classification loss plus attention diversification loss, for any network whose attention can be recorded.
+    """The task's loss plus attention diversification loss, for any network whose attention can be recorded.
 
     The network is neither changed nor told: while the criterion calls it, the chosen layers take their step-by-step
     path and their attention is listened to; every other layer, and the network outside of the criterion, stay fused.
@@ -229,6 +229,12 @@ class ADLCriterion(nn.Module):
         layers: names of attention layers, or patterns for them such as 'blocks.1?.attn', as
             `vision.attention.attention_layers(model)` lists them; None for all.
         label_smoothing: of the classification loss.
+        task_loss: of logits and target, instead of the classification loss; such as
+            `vision.segmentation.segmentation_loss`.
+
+    Raises:
+        TypeError: one name instead of a sequence of them.
+        ValueError: label smoothing for a loss of your own.
     """
 
     def __init__(
@@ -237,6 +243,7 @@ class ADLCriterion(nn.Module):
         threshold: float = 2.0,
         layers: Sequence[str] | None = None,
         label_smoothing: float = 0.0,
+        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(layers, str):
@@ -244,7 +251,9 @@ class ADLCriterion(nn.Module):
         self.weight = weight
         self.threshold = threshold
         self.layers = layers
-        self.label_smoothing = label_smoothing
+        if task_loss is not None and label_smoothing:
+            raise ValueError(f"label_smoothing={label_smoothing} belongs to the classification loss, not to task_loss.")
+        self.task_loss = task_loss or partial(classification_loss, label_smoothing=label_smoothing)
 
     def forward(self, model: nn.Module, images: Tensor, target: Tensor) -> StepLoss:
         """The loss of one step.
@@ -252,10 +261,10 @@ class ADLCriterion(nn.Module):
         Args:
             model: the network, wrapped for data-parallel training or not.
             images: normalised, `[B, C, H, W]`.
-            target: `[B]`, integer classes, or `[B, num_classes]`, probabilities.
+            target: `[B]`, integer classes, or `[B, num_classes]`, probabilities; or what `task_loss` takes.
 
         Returns:
-            The loss, and its parts "classification" and "diversification".
+            The loss, and its parts "task" and "diversification".
 
         Raises:
             ValueError: a network without attention to record or none of the name asked for, one that is compiled or
@@ -270,10 +279,10 @@ class ADLCriterion(nn.Module):
         attns = [layer_map.attn for maps in kept for layer_map in maps if layer_map.attn.shape[-2] > 1]
         if not attns:
             raise ValueError(f"no layer of {type(network).__name__} that was called compares several queries.")
-        classification = classification_loss(logits, target, self.label_smoothing)
+        task = self.task_loss(logits, target)
         diversification = attention_diversification_loss(attns, self.threshold)
-        loss = classification + self.weight * diversification
-        parts = {"classification": classification.detach(), "diversification": diversification.detach()}
+        loss = task + self.weight * diversification
+        parts = {"task": task.detach(), "diversification": diversification.detach()}
         return StepLoss(loss, logits.detach(), parts)
 
     def _chosen(self, network: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ stands in for it.
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vision import fan, rvt
 from vision.attention import attention_layers, record_attention
+from vision.fan import segmentation
 from vision.tap import ADLCriterion, attention_diversification_loss
 
 HYBRIDS = ["tiny_8", "small_12", "base_16", "large_16"]
@@ -194,7 +196,7 @@ def test_criterion_gives_the_authors_losses(name: str):
     model = build(name).train()
     x = rule.inputs(**golden["input"])
     step = ADLCriterion(weight=3.0, threshold=1.0)(model, x, (3 * rule.inputs((len(x), 1000), 77)).softmax(-1))
-    assert step.parts["classification"].item() == pytest.approx(golden["soft_target_ce"], rel=1e-4)
+    assert step.parts["task"].item() == pytest.approx(golden["soft_target_ce"], rel=1e-4)
     assert step.parts["diversification"].item() == pytest.approx(golden["adl_threshold_1"], rel=1e-3)
     assert step.loss.item() == pytest.approx(golden["soft_target_ce"] + 3 * golden["adl_threshold_1"], rel=1e-3)
 
@@ -227,6 +229,29 @@ def test_official_state_dict_loads_and_a_saved_one_again(name: str):
         first = converter(source, model)
         assert {key: value.shape for key, value in first.items()} == own, "strict: every entry, and no other"
         assert list(converter(first, model)) == list(first), "a state dict of ours passes through"
+
+
+def test_segmentation_network_equals_the_authors():
+    """Four maps and the logits of the head; the weights that it leaves out are those that nothing depends on."""
+    name = "tap_fan_base_16_p4_hybrid_seg"
+    golden = rule.load(name)
+    state_dict = rule.state_dict(golden["state_dict"])
+    model: Any = timm.create_model(name, device="meta").to_empty(device="cpu").eval()
+    model.load_state_dict(segmentation.checkpoint_filter_fn({"meta": {}, "state_dict": state_dict}, model))
+    unused = [
+        value
+        for entry, value in state_dict.items()
+        if re.match(r"backbone\.cls_(token|attn_blocks\.\d\.(attn|mlp|gamma2))|decode_head\.conv_seg", entry)
+    ]
+    assert sum(p.numel() for p in model.parameters()) + sum(v.numel() for v in unused) == golden["params"]
+    x = rule.inputs(**golden["input"])
+    for context in (torch.inference_mode(), torch.enable_grad()):
+        with context:
+            features = model.forward_features(x)
+            logits = model.forward_head(features)
+        for i, (feature, expected) in enumerate(zip(features, golden["features"].values(), strict=True)):
+            rule.assert_matches(feature, expected, f"map {i}")
+        rule.assert_matches(logits, golden["logits"], "logits")
 
 
 def _entries(name: str) -> Any:

@@ -14,13 +14,16 @@ shares with that (patches, positions, local patch interaction, class attention) 
 
 from vision.fan.fan import FAN, checkpoint_filter_fn
 from vision.fan.layers import ChannelProcessing, FANBlock, HybridEmbed, LayerNorm2dUnbiased, TokenMixing
+from vision.fan.segmentation import FANSegmenter, MLPHead
 
 __all__ = [
     "FAN",
     "ChannelProcessing",
     "FANBlock",
+    "FANSegmenter",
     "HybridEmbed",
     "LayerNorm2dUnbiased",
+    "MLPHead",
     "TokenMixing",
     "checkpoint_filter_fn",
 ]

@@ -48,6 +48,7 @@ class FAN(Xcit):
     """
 
     patch_embed: ConvPatchEmbed | HybridEmbed
+    pos_embed: nn.Module | None
 
     def __init__(
         self,
