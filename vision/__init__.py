@@ -1,6 +1,21 @@
 """Vision attention backbones and operators; importing this package registers every model with timm."""
 
-from vision import attention, biformer, ela, explain, fan, hrnet_ocr, litv2, ocr, psa, rollout, rvt, segmentation, tap
+from vision import (
+    attention,
+    biformer,
+    ela,
+    explain,
+    fan,
+    hrnet_ocr,
+    litv2,
+    ocr,
+    psa,
+    rollout,
+    rvt,
+    segmentation,
+    sparsifiner,
+    tap,
+)
 
 __all__ = [
     "attention",
@@ -15,5 +30,6 @@ __all__ = [
     "rollout",
     "rvt",
     "segmentation",
+    "sparsifiner",
     "tap",
 ]

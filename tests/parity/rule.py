@@ -32,16 +32,17 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def state_dict(entries: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def state_dict(entries: Mapping[str, Sequence[int]], salt: str = "") -> dict[str, Tensor]:
     """Fills an official state dict.
 
     Args:
         entries: name → shape. `{0:4}` in a name stands for the four names with 0 to 3 in its place.
+        salt: another one gives other weights, such as those of a teacher.
 
     Returns:
         Float32 tensors; a counter of batches is an int64 zero.
     """
-    return {name: _entry(name, tuple(shape)) for name, shape in _expanded(entries)}
+    return {name: _entry(name, tuple(shape), salt) for name, shape in _expanded(entries)}
 
 
 def _expanded(entries: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Sequence[int]]]:
@@ -53,11 +54,12 @@ def _expanded(entries: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Seque
             yield pattern, shape
 
 
-def _entry(name: str, shape: tuple[int, ...]) -> Tensor:
+def _entry(name: str, shape: tuple[int, ...], salt: str) -> Tensor:
     last = name.rpartition(".")[2]
     if last == "num_batches_tracked":
         return torch.zeros(shape, dtype=torch.int64)
-    drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    key = f"{salt}:{name}" if salt else name
+    drawn = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
     if last == "running_var":
         filled = 1 + 0.1 * np.abs(drawn)
     elif last != "running_mean" and len(shape) > 1:
