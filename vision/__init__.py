@@ -3,6 +3,7 @@
 from vision import (
     attention,
     biformer,
+    dcal,
     ela,
     explain,
     fan,
@@ -20,6 +21,7 @@ from vision import (
 __all__ = [
     "attention",
     "biformer",
+    "dcal",
     "ela",
     "explain",
     "fan",

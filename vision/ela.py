@@ -254,8 +254,9 @@ def insert(model: nn.Module, variant: Variant = "b", where: Where | None = None)
     * VGG, which has no shortcuts: before each max pooling.
 
     Load a published checkpoint first, insert afterwards: names of what was there stay, except where a single layer has
-    to be followed (torchvision's ResNet: `bn3` → `bn3.0`; an attention of timm's: `se` → `se.0`). To load what was trained, build the same network, insert
-    with the same arguments, then `load_state_dict`. For timm's `save_for_hf` use a registered name, `ela_resnet50`.
+    to be followed (torchvision's ResNet: `bn3` → `bn3.0`; an attention of timm's: `se` → `se.0`). To load what was
+    trained, build the same network, insert with the same arguments, then `load_state_dict`. For timm's `save_for_hf`
+    use a registered name, `ela_resnet50`.
 
     Args:
         model: a convolutional network with maps `[B, C, H, W]`, of timm, torchvision or your own; changed in place.

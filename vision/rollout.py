@@ -118,8 +118,8 @@ def _head_means(maps: Sequence[Tensor], attention_share: float) -> list[Tensor]:
         raise ValueError("no attention maps to multiply; expected one per layer, [B, h, N, N] or [B, N, N].")
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
     means = [attn.mean(1, dtype=dtype) if attn.ndim == 4 else attn.to(dtype) for attn in maps]
-    shapes = {tuple(attn.shape) for attn in means}
-    if len(shapes) > 1 or means[0].ndim != 3 or means[0].shape[1] != means[0].shape[2]:
+    first = means[0].shape
+    if len(first) != 3 or first[1] != first[2] or any(attn.shape != first for attn in means):
         raise ValueError(
             f"attention maps of shapes {sorted({tuple(attn.shape) for attn in maps})}; expected the same tokens as "
             "queries and keys in every layer, [B, h, N, N] or [B, N, N]."
