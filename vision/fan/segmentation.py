@@ -41,9 +41,7 @@ class _ManyFrequencies(nn.Module):
     def forward(self, B: int, H: int, W: int) -> Tensor:
         """`[B, C, H, W]`."""
         weight = self.token_projection.weight
-        frequency = 10000 ** (
-            -torch.arange(self.hidden_dim, device=weight.device, dtype=torch.float32) / self.hidden_dim
-        )
+        exponent = torch.arange(self.hidden_dim, device=weight.device, dtype=torch.float32) / self.hidden_dim
         codes = []
         for side in (H, W):
             places = torch.arange(1, side + 1, device=weight.device, dtype=torch.float32) / (side + 1e-6)
