@@ -267,10 +267,10 @@ class PolarizedHRNetOCR(Segmenter):
             x: the images.
             detailed: return a `MultiScaleOutput`.
         """
-        if detailed:
+        if detailed is True:  # a symbolic trace puts something else in its place and gets the ordinary way
             return self.forward_detailed(x)
         if self.scale_attn is None:
-            return super().forward(x)
+            return resize_maps(self.forward_head(self.forward_features(x)), x.shape[-2:])
         return self.forward_scales(x, (1.0, self.low_scale))
 
 

@@ -56,16 +56,16 @@ class PyramidConv2d(nn.Conv2d):
         size = (maps[0].shape[2], maps[0].shape[3])
         parts = self.weight.split([x.shape[1] for x in maps], 1)
         pairs = list(zip(maps, parts, strict=True))
-        small = [pair for pair in pairs if self._is_cheaper_small(pair[0], size)]
-        plain = [pair for pair in pairs if not self._is_cheaper_small(pair[0], size)]
+        small = [pair for pair in pairs if self.is_cheaper_small(pair[0], size)]
+        plain = [pair for pair in pairs if not self.is_cheaper_small(pair[0], size)]
         x = torch.cat([resize_maps(x, size) for x, _ in plain], 1)
         y = F.conv2d(x, torch.cat([weight for _, weight in plain], 1), self.bias, padding=self.padding)
         for x, weight in small:
             y = y + self._from_small(x, weight, size)
         return y
 
-    def _is_cheaper_small(self, x: Tensor, size: tuple[int, int]) -> bool:
-        """Compares multiply-adds for one output channel."""
+    def is_cheaper_small(self, x: Tensor, size: tuple[int, int]) -> bool:
+        """Whether a map needs fewer multiply-adds where it is than brought to `size`; the counts are for one output."""
         (H, W), (h, w), C, k = size, x.shape[2:], x.shape[1], self.kernel_size[0]
         return (h, w) != (H, W) and C * k * k * h * w + k * h * k * w * W + k * h * W * H < C * k * k * H * W
 
@@ -191,7 +191,7 @@ class ObjectContextHead(nn.Module):
         dd: Any = get_device_dtype(self)
         self.cls_head = _classifier(self.channels, num_classes, **dd).train(self.training)
         if num_classes:
-            self.aux_head[2] = nn.Conv2d(self.in_channels, num_classes, 1, **dd)
+            self.aux_head[2] = nn.Conv2d(self.in_channels, num_classes, 1, **dd).train(self.training)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Maps to the pixels' features `[B, channels, h, w]` and the first guess `[B, num_regions, h, w]`.

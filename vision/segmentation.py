@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_function
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
@@ -159,10 +160,10 @@ class Segmenter(nn.Module, ABC):
             Logits `[B, num_classes, H, W]`.
         """
         size = x.shape[-2:]
-        logits = [
-            resize_maps(self(x if scale == 1 else scale_images(x, scale)), size).log_softmax(1) for scale in scales
-        ]
-        return logits[0] if len(logits) == 1 else torch.stack(logits).logsumexp(0)
+        logits = [resize_maps(self(x if scale == 1 else scale_images(x, scale)), size) for scale in scales]
+        if len(logits) == 1:
+            return logits[0]
+        return torch.stack([one.log_softmax(1) for one in logits]).logsumexp(0)
 
     def predict(self, images: Tensor, scales: Sequence[float] | None = None) -> Tensor:
         """Logits as the published accuracy was measured: all `scales`, crop by crop where there is a `window`.
@@ -184,11 +185,12 @@ class Segmenter(nn.Module, ABC):
             raise ValueError(f"scales={chosen}: expected one or more positive factors, such as (0.5, 1.0, 2.0).")
 
         def segment(crops: Tensor) -> Tensor:
-            return self(crops) if chosen == (1.0,) else self.forward_scales(crops, chosen)
+            return self.forward_scales(crops, chosen)
 
         return segment(images) if self.window is None else sliding_window(segment, images, self.window, self.stride)
 
 
+@register_notrace_function
 def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, with pixel centres that keep their place; the same tensor if it has that size already.
 
@@ -204,6 +206,7 @@ def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps, (size[0], size[1]), mode="bilinear", align_corners=False)
 
 
+@register_notrace_function
 def scale_images(images: Tensor, scale: float) -> Tensor:
     """Images at another size, at least one pixel: `[B, C, H, W]` to `[B, C, ⌊scale·H⌋, ⌊scale·W⌋]`, bilinear."""
     return resize_maps(images, [max(int(side * scale), 1) for side in images.shape[-2:]])

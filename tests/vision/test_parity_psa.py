@@ -6,6 +6,7 @@ reach the hundreds. The stored `rounding` says how far fp32 lies from fp64 there
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from functools import lru_cache
 from typing import Any
@@ -79,16 +80,21 @@ def official_shapes(model: PolarizedHRNetOCR) -> dict[str, list[int]]:
     return {name: [*shape, 1, 1] if "conv_up.1." in name else shape for name, shape in shapes.items()}
 
 
+@lru_cache(maxsize=4)
+def skeleton(kind: str, multi_scale: bool = True) -> PolarizedHRNetOCR:
+    """The network without storage; building it takes seconds."""
+    return timm.create_model("psa_hrnet_w48_ocr", layout=LAYOUTS[kind], multi_scale=multi_scale, device="meta").eval()
+
+
 @lru_cache(maxsize=2)
 def snapshot(kind: str) -> dict[str, Any]:
     """A file as the authors publish it, with the rule's weights."""
-    shapes = official_shapes(timm.create_model("psa_hrnet_w48_ocr", layout=LAYOUTS[kind], device="meta"))
+    shapes = official_shapes(skeleton(kind))
     return {"epoch": 174, "state_dict": {f"module.{k}": v for k, v in rule.state_dict(shapes).items()}}
 
 
-def network(kind: str, **kwargs: Any) -> PolarizedHRNetOCR:
-    model = timm.create_model("psa_hrnet_w48_ocr", layout=LAYOUTS[kind], device="meta", **kwargs)
-    model = model.to_empty(device="cpu").eval()
+def network(kind: str, multi_scale: bool = True) -> PolarizedHRNetOCR:
+    model = copy.deepcopy(skeleton(kind, multi_scale))
     model.load_state_dict(hrnet_ocr.checkpoint_filter_fn(snapshot(kind), model), strict=True, assign=True)
     return model
 
@@ -96,23 +102,21 @@ def network(kind: str, **kwargs: Any) -> PolarizedHRNetOCR:
 @kinds
 def test_names_and_shapes_are_those_of_the_released_file(kind: str):
     golden = rule.load(f"psa_hrnet_w48_ocr_{kind}")
-    model = timm.create_model("psa_hrnet_w48_ocr", layout=LAYOUTS[kind], device="meta")
+    model = skeleton(kind)
     lines = [f"{name} {shape}" for name, shape in sorted(official_shapes(model).items())]
     assert len(lines) == golden["state_dict_entries"]
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == golden["state_dict_sha256"]
     assert sum(p.numel() for p in model.parameters()) == golden["params"]["multi_scale"]
-    single = timm.create_model("psa_hrnet_w48_ocr", layout=LAYOUTS[kind], multi_scale=False, device="meta")
-    assert sum(p.numel() for p in single.parameters()) == golden["params"]["single_scale"]
+    assert sum(p.numel() for p in skeleton(kind, False).parameters()) == golden["params"]["single_scale"]
 
 
 @kinds
 def test_multiply_adds_are_fewer_than_the_published_ones(kind: str):
     """The attention costs less than theirs, and so does the head: of all they need, the two are well below half."""
     golden = rule.load(f"psa_hrnet_w48_ocr_{kind}")
-    model = timm.create_model("psa_hrnet_w48_ocr", layout=LAYOUTS[kind], multi_scale=False, device="meta").eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(torch.empty(1, 3, 64, 128, device="meta"))
+        skeleton(kind, False)(torch.empty(1, 3, 64, 128, device="meta"))
     macs = counter.get_total_flops() / 2
     assert 0.6 * golden["macs_64x128"] < macs < 0.75 * golden["macs_64x128_without_psa"]
 
@@ -120,7 +124,7 @@ def test_multiply_adds_are_fewer_than_the_published_ones(kind: str):
 @kinds
 def test_single_scale_network_equals_the_authors(kind: str):
     golden = rule.load(f"psa_hrnet_w48_ocr_{kind}")["single_scale"]
-    model = network(kind, multi_scale=False)
+    model = network(kind, False)
     seen: dict[str, Tensor] = {}
     for name in golden["points"]:
         if name != "pred":
@@ -172,7 +176,7 @@ def test_multi_scale_network_equals_the_authors(kind: str):
 
 
 def test_a_foreign_entry_is_not_swallowed():
-    model = timm.create_model("psa_hrnet_w48_ocr", device="meta")
+    model = copy.deepcopy(skeleton("p"))
     state_dict = {**snapshot("p")["state_dict"], "module.stranger.weight": torch.zeros(3)}
     with pytest.raises(RuntimeError, match=r"stranger\.weight"):
         model.load_state_dict(hrnet_ocr.checkpoint_filter_fn({"state_dict": state_dict}, model), assign=True)
