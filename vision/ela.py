@@ -26,7 +26,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 import weights
-from vision.pyramid import imagenet_cfg
+from vision.pyramid import imagenet_cfg, is_eager_cpu_inference
 
 __all__ = ["ELABottleneck", "EfficientLocalAttention", "InsertedAttention", "Variant", "ela_maps", "insert"]
 
@@ -59,10 +59,14 @@ def _strips(x: Tensor) -> tuple[Tensor, Tensor]:
 def _scaled(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`[B, C, H, W]`, `[B, C, H]`, `[B, C, W]` → their product in the layout and dtype of x."""
     rows, columns = rows.to(x.dtype), columns.to(x.dtype)  # autocast may have normed in single precision
-    if _is_channels_last(x):
-        y = x.permute(0, 2, 3, 1) * rows.mT.contiguous().unsqueeze(2) * columns.mT.contiguous().unsqueeze(1)
-        return y.permute(0, 3, 1, 2)
-    return x * rows.unsqueeze(3) * columns.unsqueeze(2)
+    last = _is_channels_last(x)
+    if last:
+        x, rows, columns = x.permute(0, 2, 3, 1), rows.mT.contiguous(), columns.mT.contiguous()
+    y = x * rows.unsqueeze(2 if last else 3)
+    columns = columns.unsqueeze(1 if last else 2)
+    # In inference one map of this size will do: fresh memory costs a CPU more than the product.
+    y = y.mul_(columns) if is_eager_cpu_inference(x) else y * columns
+    return y.permute(0, 3, 1, 2) if last else y
 
 
 class EfficientLocalAttention(nn.Module):

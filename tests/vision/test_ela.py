@@ -84,6 +84,17 @@ def test_channels_last_has_the_same_numbers_and_keeps_its_layout(variant: Any):
     )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_inference_reuses_memory_and_leaves_its_input_alone(layout: torch.memory_format, has_skip: bool):
+    layer = trained(EfficientLocalAttention(16, has_skip=has_skip))
+    x = torch.randn(3, 16, 9, 7).to(memory_format=layout)
+    before, expected = x.clone(), layer(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected.detach())
+    assert torch.equal(x, before) and expected.requires_grad
+
+
 @pytest.mark.parametrize(("variant", "per_channel"), [("t", 7), ("b", 9), ("s", 42), ("l", 58)])
 def test_parameters_per_channel(variant: Any, per_channel: int):
     for channels in (64, 960):

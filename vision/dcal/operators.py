@@ -78,19 +78,31 @@ class PairWiseCrossAttention(Attention):
         if torch.is_grad_enabled() and self.fused_attn:  # a map of each head would be kept for the backward pass
             mean = (q.detach() * self.scale @ k.detach().mT).softmax(-1).mean(1)
             return _project_out(self, _attend(self, q, k, v), x), mean
-        # In a CPU's cache there is room for one image's maps.
-        parts = [p.split(1) for p in (q, k, v)] if is_eager_cpu_inference(x) else [(q,), (k,), (v,)]
-        out, means = zip(*(self._explicit(*part) for part in zip(*parts, strict=True)), strict=True)
-        return _project_out(self, torch.cat(out), x), torch.cat(means)
+        if self.fused_attn and not self.training and is_eager_cpu_inference(x):
+            out, mean = self._head_by_head(q, k, v)
+        else:
+            attn = (q * self.scale @ k.mT).softmax(-1)
+            out, mean = self.attn_drop(attn) @ v, attn.detach().mean(1)
+        return _project_out(self, out, x), mean
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # [B, heads, N, d] each
         return self.q_norm(q), self.k_norm(k), v
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        attn = (q * self.scale @ k.mT).softmax(-1)
-        return self.attn_drop(attn) @ v, attn.detach().mean(1)
+    def _head_by_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by two buffers that fit into a CPU's cache, where a whole image's maps would not."""
+        B, heads, N, d = q.shape
+        out = q.new_empty(B, N, heads, d).transpose(1, 2)
+        mean = q.new_zeros(B, N, N)
+        scores, attn = q.new_empty(2, N, N)
+        for b in range(B):
+            for h in range(heads):
+                torch.mm(q[b, h] * self.scale, k[b, h].T, out=scores)
+                torch.softmax(scores, -1, out=attn)
+                torch.mm(attn, v[b, h], out=out[b, h])
+                mean[b].add_(attn, alpha=1 / heads)
+        return out, mean
 
 
 class GlobalLocalCrossAttention(Attention):
