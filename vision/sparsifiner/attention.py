@@ -11,6 +11,8 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vision.attention import AttentionTap, attend
+from vision.pyramid import is_eager_cpu_inference
+from vision.sparsifiner.blockwise import blockwise_attention
 from vision.sparsifiner.predictor import ConnectivityPredictor, top_k_mask
 
 __all__ = [
@@ -216,6 +218,10 @@ class SparsifinerAttention(nn.Module):
             x = self._recorded(q, k, v, kept, num_kept, self.recorder)
         elif self.attention_path == "dense":
             x = attend(q, k, v, self.scale, tap=self.tap, key_grid=self.key_grid)
+        elif self._runs_blockwise(q):
+            gather = self._gathers(N)
+            x = blockwise_attention(q, k, v, self.mask_predictor, self.budget(num_kept), self.scale, gather, kept)
+            x = x * kept[:, None, :, None] if self.prune_query_rows and kept is not None else x
         elif self._gathers(N) and not self.tap.is_open:
             x = self._gathered(q, k, v, kept, self.budget(num_kept))
         else:
@@ -256,6 +262,16 @@ class SparsifinerAttention(nn.Module):
     def _with_class_row(self, mask: Tensor, kept: Tensor | None) -> Tensor:
         mask = torch.cat((torch.ones_like(mask[:, :, :1]), mask), 2)
         return mask & kept[:, None, :, None] if self.prune_query_rows and kept is not None else mask
+
+    def _runs_blockwise(self, q: Tensor) -> bool:
+        return (
+            is_eager_cpu_inference(q)
+            and not self.training
+            and not self.tap.is_open
+            and self.score_threshold is None
+            and self.mask_predictor.coef_top_k > 0
+            and q.dtype in (torch.float32, torch.float64)
+        )
 
     def _gathers(self, num_tokens: int) -> bool:
         return self.attention_path == "gather"

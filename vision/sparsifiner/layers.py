@@ -7,9 +7,19 @@ import torch
 from timm.layers import DropPath, LayerNorm, Mlp, PatchEmbed, to_2tuple
 from torch import Tensor, nn
 
+from vision.pyramid import is_eager_cpu_inference
 from vision.sparsifiner.attention import SparsifinerAttention
 
 __all__ = ["LVViTStem", "SparsifinerBlock"]
+
+
+class _GELU(nn.GELU):
+    """GELU, in inference in place: the hidden layer of an MLP is the widest tensor and need not be there twice."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_eager_cpu_inference(input) and not self.training:
+            return torch.ops.aten.gelu_(input)
+        return super().forward(input)
 
 
 class SparsifinerBlock(nn.Module):
@@ -51,7 +61,7 @@ class SparsifinerBlock(nn.Module):
         drop_path: float = 0.0,
         skip_lam: float = 1.0,
         norm_layer: type[nn.Module] = LayerNorm,
-        act_layer: type[nn.Module] = nn.GELU,
+        act_layer: type[nn.Module] = _GELU,
         mlp_layer: type[nn.Module] = Mlp,
         keep_in: float = 1.0,
         keep_out: float = 1.0,

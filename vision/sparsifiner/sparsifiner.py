@@ -23,7 +23,7 @@ __all__ = [
 
 
 # What timm passes to every block, with values that these networks do not let vary.
-_UNUSED = ("qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "attn_layer")
+_UNUSED = ("qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "attn_layer", "act_layer")
 
 
 class Sparsifiner(VisionTransformer):

@@ -1,0 +1,116 @@
+"""Inference on a CPU: a part of the connectivity at a time, so that it stays in the cache and is never there whole.
+
+What a key costs here decides which path is the faster one. The scores of a query are a weighted sum of a few rows of
+the basis, which is what an embedding bag computes; the sum over gathered values is another. Choosing the keys is a
+partition of numpy's. Both paths come to about the time of the attention to all keys once more for that.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision.sparsifiner.predictor import ConnectivityPredictor, kth_largest, top_k_index, top_k_mask
+
+__all__ = ["blockwise_attention"]
+
+_SCORES_AT_ONCE = 2**18  # one MiB in fp32; that many ones can be counted in it
+_NEVER = -1e30
+
+
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    predictor: ConnectivityPredictor,
+    budget: int,
+    scale: float,
+    gather: bool,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Attention of each query to the `budget` keys that score highest, of the class token to all.
+
+    Args:
+        q: `[B, heads, N, d]`, fp32 or fp64, on the CPU, without gradients.
+        k: `[B, heads, N, d]`.
+        v: `[B, heads, N, d]`.
+        predictor: gives the scores; with `coef_top_k`.
+        budget: keys per query.
+        scale: factor on the products of queries and keys.
+        gather: multiply with the chosen keys only, rather than with all and mask.
+        kept: bool, `[B, N]`: tokens that may be keys; None for all.
+
+    Returns:
+        `[B, heads, N, d]`, in the memory of a contiguous `[B, N, heads, d]`.
+    """
+    B, heads, N, d = q.shape
+    out = q.new_empty(B, N, heads, d).transpose(1, 2)
+    basis = predictor.basis().contiguous()
+    attend = _gathered if gather else _masked
+    heads_at_once = max(_SCORES_AT_ONCE // N**2, 1)
+    rows_at_once = max(_SCORES_AT_ONCE // N, 1)
+    for i in range(B):
+        pruned = None if kept is None else ~kept[i]
+        for h in range(0, heads, heads_at_once):
+            part = i, slice(h, h + heads_at_once)
+            value, index = predictor.top_coefficients(q[part], k[part], None if kept is None else kept[i])
+            for row in range(0, N, rows_at_once):
+                rows = slice(row, row + rows_at_once)
+                scores = _scores(value[:, rows], index[:, rows], basis)
+                if pruned is not None:
+                    scores.masked_fill_(pruned, -torch.inf)
+                attend(q[part][:, rows], k[part], v[part], scores, budget, scale, row == 0, out[part][:, rows])
+    return out
+
+
+def _scores(value: Tensor, index: Tensor, basis: Tensor) -> Tensor:
+    """Sums of rows of the basis: `[heads, R, top]` of weights and of rows → `[heads, R, N]`."""
+    top = value.shape[-1]
+    scores = F.embedding_bag(index.reshape(-1, top), basis, mode="sum", per_sample_weights=value.reshape(-1, top))
+    return scores.view(*value.shape[:-1], -1)
+
+
+def _bias(scores: Tensor, budget: int) -> Tensor:
+    """What a fused kernel takes as a mask: 0 for the keys to attend to, for others as good as minus infinity."""
+    bias = torch.empty_like(scores)
+    torch.ge(scores, kth_largest(scores, budget), out=bias)
+    if int(bias.sum()) * scores.shape[-1] != budget * scores.numel():  # ties
+        bias.copy_(top_k_mask(scores, budget))
+    return torch.add(scores.new_tensor(_NEVER), bias, alpha=-_NEVER, out=bias)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, budget: int, scale: float, with_class: bool, out: Tensor
+) -> None:
+    """`[heads, R, d]` by `[heads, N, d]` → `out`, `[heads, R, d]`, by way of all products."""
+    bias = _bias(scores, budget)
+    if with_class:
+        bias[:, 0] = 0.0
+    out.copy_(F.scaled_dot_product_attention(q[None], k[None], v[None], bias[None], scale=scale)[0])
+
+
+def _gathered(
+    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, budget: int, scale: float, with_class: bool, out: Tensor
+) -> None:
+    """The same by way of the products with chosen keys alone."""
+    heads, R, _ = scores.shape
+    _, index = top_k_index(scores, budget)
+    first = torch.arange(0, R * budget + 1, budget)
+    for head in range(heads):
+        keys, values = k[head].contiguous(), v[head].contiguous()
+        logits = _products(q[head].contiguous(), keys, first, index[head].reshape(-1), scale).view(R, budget)
+        attn = logits.softmax(-1)
+        out[head] = F.embedding_bag(index[head], values, mode="sum", per_sample_weights=attn)
+    if with_class:
+        out[:, :1] = F.scaled_dot_product_attention(q[None, :, :1], k[None], v[None], scale=scale)[0]
+
+
+def _products(q: Tensor, k: Tensor, first: Tensor, index: Tensor, scale: float) -> Tensor:
+    """Products of queries `[R, d]` with some of the keys `[N, d]` each, named by a compressed sparse matrix."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            first, index, q.new_zeros(len(index)), (len(q), len(k)), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(pattern, q, k.T, beta=0.0, alpha=scale).values()
