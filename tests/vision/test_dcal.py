@@ -640,7 +640,7 @@ def test_criterion():
     step.loss.backward()
     for name, p in [*model.named_parameters(), *criterion.named_parameters()]:
         assert p.grad is not None and p.grad.isfinite().all(), name
-    # at L the best w is log L: the gradient of eq. 8
+    # at L the best w is log L: the derivative of the loss by w
     torch.testing.assert_close(
         criterion.log_vars.grad,
         torch.stack([(1 - math.exp(-a) * x.detach()) / 2 for a, x in zip(w, losses, strict=True)]),

@@ -38,7 +38,7 @@ def batch_hard_triplet_loss(features: Tensor, target: Tensor, margin: float = 0.
 
 
 class DCALCriterion(nn.Module):
-    """The loss of all three branches, weighted by learnt uncertainties (eq. 8 of the paper; Kendall et al., 2018).
+    """The loss of all three branches, weighted by learnt uncertainties (Kendall et al., 2018, in the form that the paper has from FairMOT).
 
     `½ Σ (exp(-w_i) L_i + w_i)` over SA, GLCA and PWCA, `w_i` from 0. Add this module's parameters to the optimiser.
 

@@ -230,7 +230,7 @@ class DCAL(VisionTransformer):
         return self.head(sa) if self.inference == "sa" else self.glca_head(glca)
 
     def descriptor(self, x: Tensor) -> Tensor:
-        """What images of one identity have in common (section 3.4), whatever `inference` is.
+        """What images of one identity have in common, whatever `inference` is.
 
         Args:
             x: normalised images, `[B, in_chans, H, W]`.

@@ -46,7 +46,7 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
 
 
 class PairWiseCrossAttention(Attention):
-    """Self-attention with a distractor: keys and values of another image beside one's own (eq. 6 of the paper).
+    """Self-attention with a distractor: keys and values of another image beside one's own.
 
     `softmax(q1 [k1; k2]ᵀ / √d) [v1; v2]`, one softmax over both. It has no weights beyond those of timm's `Attention`,
     and without a partner it is that. Where the partner is the image itself it is that as well.
@@ -106,7 +106,7 @@ class PairWiseCrossAttention(Attention):
 
 
 class GlobalLocalCrossAttention(Attention):
-    """A few rows of self-attention: chosen tokens ask, all tokens answer (eq. 5 of the paper).
+    """A few rows of self-attention: chosen tokens ask, all tokens answer.
 
     `softmax(q_local kᵀ / √d) v`. The weights are laid out as in timm's `Attention`; queries of other tokens are not
     computed.
@@ -169,7 +169,7 @@ class GLCABlock(Block):
 @torch.fx.wrap
 @register_notrace_function
 def local_rows(maps: Sequence[Tensor], ratio: float, num_prefix_tokens: int = 1) -> Tensor:
-    """The tokens that GLCA asks for: the class token and the patches with the highest rollout (section 3.2).
+    """The tokens that GLCA asks for: the class token and the patches with the highest rollout.
 
     Args:
         maps: attention of each layer, the oldest first, `[B, N, N]` or `[B, h, N, N]`.
@@ -200,7 +200,7 @@ def random_partners(batch_size: int, device: torch.device | None = None) -> Tens
 
 
 def fused_logits(sa: Tensor, glca: Tensor) -> Tensor:
-    """Logits whose softmax is the mean of two classifiers' probabilities (section 3.4 adds them).
+    """Logits whose softmax is the mean of two classifiers' probabilities, which the paper adds.
 
     Args:
         sa: `[B, num_classes]`.
