@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 import weights
 from vision.attention import AttentionTap, attend
+from vision.inference import batch_norm, gelu, in_parts
 from vision.pyramid import PyramidBackbone, imagenet_cfg
 from vision.tap import TokenAwareAveragePooling
 
 __all__ = ["RVT", "PositionAwareAttention", "RVTBlock", "checkpoint_filter_fn", "resize_mask"]
 
 _MASK_GRID = (14, 14)  # of the published networks: 224 pixels
+_PIXELS_AT_ONCE = 2 * 224 * 224  # in inference on a CPU: enough tokens for a matrix product, few enough for the cache
 
 
 class PositionAwareAttention(nn.Module):
@@ -140,9 +142,10 @@ class _ConvMlp(nn.Module):
         self.bn3 = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.bn1(self.fc1(x.permute(0, 3, 1, 2))))
-        x = F.gelu(self.bn2(self.dwconv(x)))
-        return self.bn3(self.fc2(x)).permute(0, 2, 3, 1)
+        x = gelu(batch_norm(F.linear(x, self.fc1.weight.flatten(1), self.fc1.bias), self.bn1))
+        x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = gelu(batch_norm(x, self.bn2))
+        return batch_norm(F.linear(x, self.fc2.weight.flatten(1), self.fc2.bias), self.bn3)
 
 
 class RVTBlock(nn.Module):
@@ -205,7 +208,7 @@ class _PatchEmbed(nn.Module):
         return h, w
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        return self.proj(x).contiguous(memory_format=torch.channels_last)
 
 
 class _Pool(nn.Module):
@@ -339,6 +342,10 @@ class RVT(PyramidBackbone):
         run = self.stage_blocks(index)
         x = x.permute(0, 2, 3, 1)
         return (checkpoint(run, x) if self.grad_checkpointing else run(x)).permute(0, 3, 1, 2)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to the last block's map, `[B, num_features, H / 16, W / 16]` (tiny: / 32)."""
+        return in_parts(super().forward_features, x, _PIXELS_AT_ONCE * self.in_chans, self)
 
     def keep_stages(self, count: int) -> None:
         stage, block = self._places[count - 1]

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 import weights
 from vision.fan.layers import FANBlock, HybridEmbed
+from vision.inference import in_parts
 from vision.pyramid import imagenet_cfg
 
 __all__ = ["FAN", "checkpoint_filter_fn"]
 
 _POOLS = ("", "avg", "token")
+_TOKENS_AT_ONCE = 392  # in inference on a CPU: enough rows for a matrix product, little enough for the cache
 
 
 class FAN(Xcit):
@@ -130,9 +132,9 @@ class FAN(Xcit):
 
     def _with_positions(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Adds what tells positions; the same for every image."""
-        if self.pos_embed is None:
-            return tokens
-        return tokens + self.pos_embed(1, *grid).flatten(2).transpose(1, 2)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed(1, *grid).flatten(2).transpose(1, 2)
+        return tokens.contiguous()  # convolutions may have left them channel by channel
 
     def _run_block(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return checkpoint(block, x, *grid) if self.grad_checkpointing else block(x, *grid)
@@ -141,9 +143,12 @@ class FAN(Xcit):
         """Images `[B, in_chans, H, W]` to normed tokens, `[B, 1 + N, C]`, the class token first."""
         x, grid = self.patch_embed(x)
         x = self._with_positions(x, grid)
+        return self._finish(in_parts(lambda part: self._run_blocks(part, grid), x, _TOKENS_AT_ONCE * x.shape[2], self))
+
+    def _run_blocks(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         for block in self.blocks:
             x = self._run_block(block, x, grid)
-        return self._finish(x)
+        return x
 
     def _finish(self, x: Tensor) -> Tensor:
         """Class attention and the final norm."""

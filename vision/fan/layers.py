@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
-from timm.models.convnext import ConvNeXtStage
+from timm.models.convnext import ConvNeXtBlock
 from timm.models.xcit import LPI
 from torch import Tensor, nn
 
 from vision.attention import AttentionTap, attend
+from vision.inference import batch_norm, gelu, in_parts
+from vision.pyramid import is_eager_cpu_inference
 from vision.tap import TokenAwareAveragePooling
 
 __all__ = ["ChannelProcessing", "FANBlock", "HybridEmbed", "LayerNorm2dUnbiased", "TokenMixing"]
@@ -64,7 +66,13 @@ class _LocalMlp(nn.Module):
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         hidden = self.fc1(x)
-        return self.fc2(hidden + self.gamma * self.dwconv(hidden, H, W))
+        local = self.dwconv.conv1(hidden.transpose(1, 2).unflatten(2, (H, W))).permute(0, 2, 3, 1)
+        local = batch_norm(gelu(local), self.dwconv.bn).permute(0, 3, 1, 2)
+        last = self.dwconv.conv2
+        # The scale of the branch is that of its last layer's weights.
+        weight, bias = self.gamma.view(-1, 1, 1, 1) * last.weight, self.gamma * last.get_parameter("bias")
+        local = F.conv2d(local, weight, bias, padding=1, groups=len(bias)).flatten(2).transpose(1, 2)
+        return self.fc2(local.add_(hidden) if is_eager_cpu_inference(local) else local + hidden)
 
 
 class ChannelProcessing(nn.Module):
@@ -163,6 +171,36 @@ class LayerNorm2dUnbiased(LayerNorm2d):
         return x.permute(0, 3, 1, 2)
 
 
+class _ConvNeXtBlock(ConvNeXtBlock):
+    """timm's block with linear layers for 1x1 convolutions, and the scale of the branch in the last one's weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, fc2, gamma = self.mlp.fc1, self.mlp.fc2, self.get_parameter("gamma")
+        hidden = gelu(F.linear(self.norm(self.conv_dw(x)).permute(0, 2, 3, 1), fc1.weight.flatten(1), fc1.bias))
+        weight, bias = gamma.unsqueeze(1) * fc2.weight.flatten(1), gamma * fc2.get_parameter("bias")
+        return x + F.linear(hidden, weight, bias).permute(0, 3, 1, 2)
+
+
+class _ConvNeXtStage(nn.Module):
+    """Blocks at one stride; in all stages but the first after a halving of the map."""
+
+    def __init__(self, in_chs: int, out_chs: int, depth: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_layer = partial(LayerNorm2dUnbiased, eps=1e-6)
+        self.downsample = (
+            nn.Identity()
+            if in_chs == out_chs
+            else nn.Sequential(norm_layer(in_chs, **dd), nn.Conv2d(in_chs, out_chs, 2, 2, **dd))
+        )
+        self.blocks = nn.Sequential(
+            *(_ConvNeXtBlock(out_chs, conv_mlp=True, norm_layer=norm_layer, **dd) for _ in range(depth))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
 class _ConvNeXtStages(nn.Module):
     """A stem at stride 4 and stages of ConvNeXt blocks, each after the first at half the size and twice the width."""
 
@@ -171,16 +209,7 @@ class _ConvNeXtStages(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = nn.Sequential(nn.Conv2d(in_chans, embed_dim, 4, 4, **dd), LayerNorm2d(embed_dim, eps=1e-6, **dd))
         self.stages = nn.ModuleList(
-            ConvNeXtStage(
-                embed_dim * 2 ** max(i - 1, 0),
-                embed_dim * 2**i,
-                stride=2 if i else 1,
-                depth=depth,
-                ls_init_value=1e-6,
-                conv_mlp=True,
-                norm_layer=partial(LayerNorm2dUnbiased, eps=1e-6),
-                **dd,
-            )
+            _ConvNeXtStage(embed_dim * 2 ** max(i - 1, 0), embed_dim * 2**i, depth, **dd)
             for i, depth in enumerate(depths)
         )
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
@@ -216,4 +245,5 @@ class HybridEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        return self.tokens(self.backbone(x)[-1])
+        # One image at a time, since early maps are large.
+        return self.tokens(in_parts(lambda images: self.backbone(images)[-1], x, 1, self))
