@@ -410,12 +410,13 @@ def test_image_sizes(size: tuple[int, int]):
         ("deit3_small_patch16_224", {}, 1),
         ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}, 5),
         ("vit_base_patch16_clip_224", {"qk_norm": True}, 1),
+        ("vit_tiny_r_s16_p8_224", {"img_size": 128}, 1),  # convolutions in front, like the paper's R50-ViT
     ],
 )
 def test_any_transformer_becomes_a_dcal(host: str, kwargs: dict, prefix: int):
-    vit = sharpened(timm.create_model(host, **SMALL, **kwargs)).eval()
+    vit = sharpened(timm.create_model(host, **{**SMALL, **kwargs})).eval()
     state = copy.deepcopy(vit.state_dict())
-    x = images()
+    x = images(4, 3, *vit.patch_embed.img_size)
     expected = vit(x)
     model = DCAL.from_vit(vit, local_ratio=0.3, glca_pool="avg")
     assert type(vit.blocks[0]) is Block and type(vit.blocks[0].attn) is Attention and torch.equal(vit(x), expected)
@@ -605,7 +606,7 @@ def test_published_size(name: str):
     ("size", "ratio", "low", "high"),
     [((448, 448), 0.1, 0.016, 0.019), ((256, 128), 0.3, 0.033, 0.035), ((256, 256), 0.3, 0.033, 0.035)],
 )
-@pytest.mark.parametrize("name", NAMES[:2] + NAMES[3:])
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[3]])
 def test_published_cost(name: str, size: tuple[int, int], ratio: float, low: float, high: float):
     """Of the whole GLCA block; reading its class token alone costs less, and SA alone nothing."""
     kwargs: dict[str, Any] = {"img_size": size, "num_classes": 200, "device": "meta"}
@@ -745,10 +746,9 @@ def test_symbolic_trace(glca_pool: Any):
         torch.testing.assert_close(gradients[name], p.grad)
 
 
-@pools
 @torch.no_grad()
-def test_export_and_onnx(glca_pool: Any, tmp_path: Path):
-    model = small(glca_pool=glca_pool).eval()
+def test_export_and_onnx(tmp_path: Path):
+    model = small(glca_pool="avg", depth=2).eval()  # has all that the other has, and the selection
     x = images(2, 3, 64, 64)
     dynamic = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(model, (x,), dynamic_shapes=dynamic).module()
@@ -763,9 +763,9 @@ def test_export_and_onnx(glca_pool: Any, tmp_path: Path):
 
 @pools
 def test_compile_takes_it_as_one_graph(glca_pool: Any):
-    model = small(glca_pool=glca_pool).train()
+    model = small(glca_pool=glca_pool, depth=2).train()
     x, partner = images(), torch.tensor([1, 2, 3, 0])
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     for a, b in zip(compiled(x, True, partner).logits, model(x, True, partner).logits, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

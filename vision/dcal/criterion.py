@@ -38,7 +38,10 @@ def batch_hard_triplet_loss(features: Tensor, target: Tensor, margin: float = 0.
 
 
 class DCALCriterion(nn.Module):
-    """The loss of all three branches, weighted by learnt uncertainties (Kendall et al., 2018, in the form that the paper has from FairMOT).
+    """The loss of all three branches, weighted by learnt uncertainties.
+
+    Papers: DCAL, and "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics", Kendall
+    et al., CVPR 2018, https://arxiv.org/abs/1705.07115, in the form of FairMOT, https://arxiv.org/abs/2004.01888.
 
     `½ Σ (exp(-w_i) L_i + w_i)` over SA, GLCA and PWCA, `w_i` from 0. Add this module's parameters to the optimiser.
 
