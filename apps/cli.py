@@ -15,7 +15,7 @@ from weights import WeightsError
 
 from . import options as opt
 from .errors import Stopped, UsageError
-from .models import DEFAULT_MODEL
+from .models import DEFAULT_MODEL, DEFAULT_SEGMENTER
 
 if TYPE_CHECKING:
     from .batch.job import Summary
@@ -24,7 +24,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="attnsuite",
-    help="Published vision attention, ready to use: label, embed and explain images; list models; keep weights.",
+    help="Published vision attention, ready to use: label, embed, explain, segment images; list models; keep weights.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -176,8 +176,9 @@ def explain(
     Example: attnsuite explain photos -o maps --target "tabby cat"
     """
     with _guarded(debug):
-        from .explain import Explain, look, rows_file
+        from .explain import Explain, look
         from .models import ModelChoice
+        from .pictures import rows_file
         from .run import RunOptions, run
 
         drawn = look(method, at, layer, connectivity)
@@ -192,6 +193,69 @@ def explain(
             {"target": target, "opacity": opacity, "npy": npy, "look": asdict(drawn)},
             cpu_batch=8,
             gpu_batch=32,
+        )
+        _finish(summary, as_json)
+
+
+@app.command()
+def segment(
+    inputs: opt.Images,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for pictures and rows.jsonl.", show_default=False),
+    ],
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            help="Longest side in pixels; larger pictures are made smaller. By default that of the training pictures.",
+            show_default=False,
+        ),
+    ] = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S…",
+            help="Sizes that are combined, such as 0.5,1,2; by default the network's own, 1 is fastest.",
+            show_default=False,
+        ),
+    ] = None,
+    opacity: Annotated[float, typer.Option(min=0, max=1, help="How strongly colours cover the picture.")] = 0.5,
+    model: opt.Model = DEFAULT_SEGMENTER,
+    checkpoint: opt.Checkpoint = None,
+    random_weights: opt.RandomWeights = False,
+    recursive: opt.Recursive = True,
+    glob: opt.Glob = None,
+    limit: opt.Limit = None,
+    as_json: opt.Json = False,
+    resume: opt.Resume = True,
+    overwrite: opt.Overwrite = False,
+    workers: opt.Workers = None,
+    threads: opt.Threads = None,
+    device: opt.Device = "auto",
+    amp: opt.Amp = False,
+    debug: opt.Debug = False,
+) -> None:
+    """The class of every pixel: a map of classes and a coloured picture for each image.
+
+    Example: attnsuite segment streets -o maps --scales 1
+    """
+    with _guarded(debug):
+        from .models import ModelChoice
+        from .pictures import rows_file
+        from .run import RunOptions, run
+        from .segment import Segment, read_scales
+
+        factors = read_scales(scales)
+        options = RunOptions(
+            inputs, rows_file(output), ModelChoice(model, checkpoint, random_weights), 1, workers, device, amp,
+            False, recursive, glob, limit, as_json, resume, overwrite, threads,
+        )  # fmt: skip
+        summary = run(
+            "segment",
+            options,
+            lambda net, compute, sources: Segment(net, compute, output, sources.root, size, factors, opacity),
+            {"size": size, "scales": scales, "opacity": opacity},
         )
         _finish(summary, as_json)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,12 +15,11 @@ from .batch.sources import Source, encode_path
 from .batch.stage import Batch, Column, Compute, Row, Stage
 from .errors import UsageError
 from .models import Network
+from .pictures import PictureFolder, write_png
 
-__all__ = ["Explain", "Look", "blend", "class_index", "look", "rows_file"]
+__all__ = ["Explain", "Look", "blend", "class_index", "look"]
 
 _VIEW_SIZE = 768
-# A name that cannot be written is one input's problem; anything else (a full disk, no permission) is the run's.
-_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ)
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,7 @@ class Explain(Stage):
     ) -> None:
         super().__init__(network, compute, _VIEW_SIZE)
         self.target = None if target is None else class_index(network, target)
-        self._folder = folder
-        self._root = root
+        self._folder = PictureFolder(folder, root)
         self._opacity = opacity
         self._raw = raw
         self._look = look
@@ -126,19 +122,16 @@ class Explain(Stage):
         assert view is not None
         if not np.isfinite(heat).all():
             return {"error": "the heat map holds values that are not numbers; run it without --amp"}
-        base = os.path.join(self._folder, _relative(source, self._root))
-        try:
-            os.makedirs(os.path.dirname(base), exist_ok=True)
-            _write_png(f"{base}.png", blend(view, heat, self._opacity))
+
+        def draw(base: str) -> Row:
+            write_png(f"{base}.png", blend(view, heat, self._opacity))
             row: Row = {"heatmap": encode_path(f"{base}.png")}
             if self._raw:
                 np.save(f"{base}.npy", heat.astype(np.float32))
                 row["array"] = encode_path(f"{base}.npy")
-        except OSError as error:
-            if error.errno not in _NAME_ERRORS:
-                raise
-            return {"error": f"cannot write the heat map: {error.strerror}"}
-        return row
+            return row
+
+        return self._folder.write(source, draw, "heat map")
 
 
 def look(method: str, at: str | None, layer: str | None, connectivity: bool) -> Look:
@@ -169,19 +162,6 @@ def look(method: str, at: str | None, layer: str | None, connectivity: bool) -> 
         raise UsageError(f"--at {at}: expected X,Y as fractions of the width and height, each from 0 to below 1")
     number = (layer or "-1").removeprefix("-").isdigit()
     return Look(method, (x, y), int(layer or -1) if number else str(layer), connectivity)
-
-
-def rows_file(folder: str) -> str:
-    """Makes the output folder and names the file of rows in it.
-
-    Raises:
-        UsageError: It cannot be made.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the output folder {folder}: {error.strerror}") from error
-    return os.path.join(folder, "rows.jsonl")
 
 
 def class_index(network: Network, target: str) -> int:
@@ -235,18 +215,3 @@ def blend(view: View, heat: np.ndarray, opacity: float) -> np.ndarray:
     colours = cv2.applyColorMap((field * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
     cover = (opacity * np.sqrt(field))[..., None]
     return (view.picture * (1 - cover) + colours * cover).round().astype(np.uint8)
-
-
-def _relative(source: Source, root: str) -> str:
-    """Where an input lies below the root, in a form that cannot lead out of an output folder."""
-    name = os.path.relpath(os.path.abspath(source.path), root)
-    if source.member is not None:
-        name = os.path.join(name, source.member)
-    return os.path.join(*("__" if part == os.pardir else part for part in name.split(os.sep) if part not in ("", ".")))
-
-
-def _write_png(path: str, picture: np.ndarray) -> None:
-    done, content = cv2.imencode(".png", picture[..., ::-1])
-    assert done
-    with open(path, "wb") as file:
-        file.write(content.tobytes())

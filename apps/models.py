@@ -23,9 +23,19 @@ if TYPE_CHECKING:
 
     import weights
 
-__all__ = ["DEFAULT_MODEL", "ModelChoice", "Network", "ResolvedModel", "label_names", "load", "resolve"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "DEFAULT_SEGMENTER",
+    "ModelChoice",
+    "Network",
+    "ResolvedModel",
+    "label_names",
+    "load",
+    "resolve",
+]
 
 DEFAULT_MODEL = "tf_efficientnet_lite0"
+DEFAULT_SEGMENTER = "psa_hrnet_w48_ocr"
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _NO_WEIGHTS = "give a file of your own with --checkpoint FILE, or take --random-weights to try the machinery only"
@@ -291,9 +301,12 @@ def _load_checkpoint(resolved: ResolvedModel) -> nn.Module:
     config = get_pretrained_cfg(choice.name)
     overlay: dict[str, Any] = {"state_dict": state_dict, "label_offset": None, "custom_load": False}
     head = config.classifier if config is not None else None
+    head = head[0] if isinstance(head, tuple | list) else head
     classes = state_dict.get(f"{head}.weight") if isinstance(head, str) else None
     if classes is not None:
         overlay["num_classes"] = len(classes)
+        if config is not None and len(classes) != config.num_classes:
+            overlay["label_names"] = None  # those of other classes
     overlay.update(_labels_beside(Path(str(choice.checkpoint))))
     try:
         module = timm.create_model(choice.name, pretrained=True, pretrained_cfg_overlay=overlay)

@@ -61,7 +61,7 @@ class PyramidConv2d(nn.Conv2d):
         x = torch.cat([resize_maps(x, size) for x, _ in plain], 1)
         y = F.conv2d(x, torch.cat([weight for _, weight in plain], 1), self.bias, padding=self.padding)
         for x, weight in small:
-            y = y + self._from_small(x, weight, size)
+            y += self._from_small(x, weight, size)
         return y
 
     def is_cheaper_small(self, x: Tensor, size: tuple[int, int]) -> bool:

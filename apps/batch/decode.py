@@ -161,12 +161,14 @@ class Decoder:
         framing: What part of the picture `transform` keeps.
         channels: 3 for colour, 1 for a network of grey pictures.
         view_size: Longest side of the picture to draw on; 0 for none.
+        keep_strips: Take pictures whole that are far longer than wide; `transform` must bound what becomes of them.
     """
 
     transform: Callable[[Image.Image], Any]
     framing: Framing
     channels: int = 3
     view_size: int = 0
+    keep_strips: bool = False
 
     def __call__(self, source: Source) -> Decoded:
         """Reads one source. Never raises for what is wrong with a file: the result says it."""
@@ -181,7 +183,8 @@ class Decoder:
 
     def _prepare(self, image: Image.Image) -> Decoded:
         width, height = image.size
-        image = _cut_strip(image)
+        if not self.keep_strips:
+            image = _cut_strip(image)
         view = self._view(image) if self.view_size else None
         if self.channels == 1:
             image = image.convert("L")

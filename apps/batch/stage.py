@@ -110,16 +110,26 @@ class Stage(ABC):
         network: The network with its labels and preprocessing.
         compute: How to run it.
         view_size: Longest side of the pictures that the verb draws on; 0 if it draws none.
+        decoder: How pictures are read; None for timm's evaluation transform of the network.
+
+    Raises:
+        UsageError: The network is for another verb.
     """
 
-    def __init__(self, network: Network, compute: Compute, view_size: int = 0) -> None:
+    segments = False  # whether the verb is for networks that give a class to each pixel
+
+    def __init__(self, network: Network, compute: Compute, view_size: int = 0, decoder: Decoder | None = None) -> None:
+        from vision.segmentation import Segmenter
+
+        if isinstance(network.module, Segmenter) and not self.segments:
+            raise UsageError(f"{network.label} gives a class to each pixel: use `attnsuite segment`")
         self.network = network
         self.compute = compute
         self.module = network.module.to(compute.device)
         config = network.data_config
         self._mean = 255 * torch.tensor(config["mean"], device=compute.device).view(1, -1, 1, 1)
         self._std = 255 * torch.tensor(config["std"], device=compute.device).view(1, -1, 1, 1)
-        self.decoder = _decoder(config, view_size)
+        self.decoder = decoder or _decoder(config, view_size)
 
     @property
     @abstractmethod
