@@ -1,11 +1,17 @@
 """Attention rollout: the product of all layers, and one row of it."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 
 from vision.attention import record_attention
 from vision.rollout import attention_rollout, rollout, rollout_row
+
+
+def build(name: str, **kwargs: Any) -> Any:
+    return timm.create_model(name, **kwargs)
 
 
 def random_maps(layers: int = 4, heads: int = 3, tokens: int = 7) -> list[torch.Tensor]:
@@ -88,7 +94,7 @@ TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": (48, 64)}
     [("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("vit_small_patch16_dinov3", 5)],
 )
 def test_any_transformer(name: str, prefix: int):
-    model = timm.create_model(name, **TINY).eval()
+    model = build(name, **TINY).eval()
     x = torch.randn(2, 3, 48, 64)
     rolled = rollout(model, x)
     with torch.no_grad(), record_attention(model.blocks) as layers:
@@ -102,10 +108,10 @@ def test_any_transformer(name: str, prefix: int):
 
 
 def test_pooled_patches_are_asked_for_their_mean():
-    model = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", **TINY).eval()
+    model = build("vit_tiny_patch16_224", class_token=False, global_pool="avg", **TINY).eval()
     torch.testing.assert_close(rollout(model, torch.randn(2, 3, 48, 64)).sum((1, 2)), torch.ones(2))
 
 
 def test_networks_that_cannot():
     with pytest.raises(ValueError, match="ResNet has no `blocks`"):
-        rollout(timm.create_model("resnet18"), torch.randn(1, 3, 64, 64))
+        rollout(build("resnet18"), torch.randn(1, 3, 64, 64))
