@@ -219,10 +219,11 @@ class SparsifinerAttention(nn.Module):
         elif self.attention_path == "dense":
             x = attend(q, k, v, self.scale, tap=self.tap, key_grid=self.key_grid)
         elif self._runs_blockwise(q):
-            gather = self._gathers(N)
-            x = blockwise_attention(q, k, v, self.mask_predictor, self.budget(num_kept), self.scale, gather, kept)
+            budget = self.budget(num_kept)
+            gather = self._gathers(budget)
+            x = blockwise_attention(q, k, v, self.mask_predictor, budget, self.scale, gather, kept)
             x = x * kept[:, None, :, None] if self.prune_query_rows and kept is not None else x
-        elif self._gathers(N) and not self.tap.is_open:
+        elif self.attention_path == "gather" and not self.tap.is_open:
             x = self._gathered(q, k, v, kept, self.budget(num_kept))
         else:
             x = self._masked(q, k, v, self.connectivity(q, k, kept, num_kept), kept)
@@ -273,8 +274,12 @@ class SparsifinerAttention(nn.Module):
             and q.dtype in (torch.float32, torch.float64)
         )
 
-    def _gathers(self, num_tokens: int) -> bool:
-        return self.attention_path == "gather"
+    def _gathers(self, budget: int) -> bool:
+        """Whether the keys are gathered: where nothing says so, only in inference on a CPU, with few of many keys."""
+        if self.attention_path != "auto":
+            return self.attention_path == "gather"
+        num_tokens = self.mask_predictor.num_tokens
+        return num_tokens >= 512 and 8 * budget <= num_tokens
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kept: Tensor | None) -> Tensor:
         """Attention where `mask`, `[B, heads, N, N]`, is True; 0 for a query without any key."""

@@ -7,11 +7,12 @@ partition of numpy's. Both paths come to about the time of the attention to all 
 
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision.sparsifiner.predictor import ConnectivityPredictor, kth_largest, top_k_index, top_k_mask
+from vision.sparsifiner.predictor import ConnectivityPredictor, kth_largest, top_k_mask
 
 __all__ = ["blockwise_attention"]
 
@@ -51,24 +52,46 @@ def blockwise_attention(
     heads_at_once = max(_SCORES_AT_ONCE // N**2, 1)
     rows_at_once = max(_SCORES_AT_ONCE // N, 1)
     for i in range(B):
-        pruned = None if kept is None else ~kept[i]
+        of_image = None if kept is None else kept[i]
         for h in range(0, heads, heads_at_once):
-            part = i, slice(h, h + heads_at_once)
-            value, index = predictor.top_coefficients(q[part], k[part], None if kept is None else kept[i])
+            q_, k_, v_, out_ = (x[i, h : h + heads_at_once] for x in (q, k, v, out))
+            query_map = predictor.query_map(k_, of_image)
             for row in range(0, N, rows_at_once):
                 rows = slice(row, row + rows_at_once)
-                scores = _scores(value[:, rows], index[:, rows], basis)
-                if pruned is not None:
-                    scores.masked_fill_(pruned, -torch.inf)
-                attend(q[part][:, rows], k[part], v[part], scores, budget, scale, row == 0, out[part][:, rows])
+                scores = _scores(q_[:, rows], query_map, basis, predictor.coef_top_k, of_image, rows)
+                attend(q_[:, rows], k_, v_, scores, budget, scale, row == 0, out_[:, rows])
     return out
 
 
-def _scores(value: Tensor, index: Tensor, basis: Tensor) -> Tensor:
-    """Sums of rows of the basis: `[heads, R, top]` of weights and of rows → `[heads, R, N]`."""
-    top = value.shape[-1]
-    scores = F.embedding_bag(index.reshape(-1, top), basis, mode="sum", per_sample_weights=value.reshape(-1, top))
-    return scores.view(*value.shape[:-1], -1)
+def _scores(
+    q: Tensor,
+    query_map: tuple[Tensor, Tensor],
+    basis: Tensor,
+    coef_top_k: int,
+    kept: Tensor | None,
+    rows: slice,
+) -> Tensor:
+    """Connectivity scores of a few queries, `[heads, R, d]` → `[heads, R, N]`."""
+    weight, offset = query_map
+    logits = torch.baddbmm(offset, q, weight)  # [heads, R, rank]
+    if kept is not None:
+        logits *= kept[rows, None]
+    index, flat = _top_k_index(logits, min(coef_top_k, logits.shape[-1]))
+    coef = logits.softmax(-1).view(-1)[flat].view(-1, index.shape[-1])
+    scores = F.embedding_bag(index.view(coef.shape), basis, mode="sum", per_sample_weights=coef)
+    scores = scores.view(*logits.shape[:2], -1)
+    return scores if kept is None else scores.masked_fill_(~kept, -torch.inf)
+
+
+def _top_k_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Where the k largest entries of each row are, ascending: `[heads, R, N]` → `[heads, R, k]`, int64.
+
+    Also where they are in the flattened `x`, `[heads * R * k]`.
+    """
+    heads, R, N = x.shape
+    flat = torch.from_numpy(np.flatnonzero(top_k_mask(x, k).numpy()))
+    first = torch.arange(0, heads * R * N, N).view(heads, R, 1)  # subtracting is quicker than a remainder
+    return flat.view(heads, R, k) - first, flat
 
 
 def _bias(scores: Tensor, budget: int) -> Tensor:
@@ -95,7 +118,7 @@ def _gathered(
 ) -> None:
     """The same by way of the products with chosen keys alone."""
     heads, R, _ = scores.shape
-    _, index = top_k_index(scores, budget)
+    index, _ = _top_k_index(scores, budget)
     first = torch.arange(0, R * budget + 1, budget)
     for head in range(heads):
         keys, values = k[head].contiguous(), v[head].contiguous()

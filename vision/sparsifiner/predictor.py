@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vision.pyramid import is_eager_cpu_inference
 
-__all__ = ["ConnectivityPredictor", "kth_largest", "top_k_index", "top_k_mask"]
+__all__ = ["ConnectivityPredictor", "kth_largest", "top_k_mask"]
 
 
 def kth_largest(x: Tensor, k: int) -> Tensor:
@@ -37,22 +37,6 @@ def top_k_mask(x: Tensor, k: int) -> Tensor:
         if int(np.count_nonzero(mask.numpy())) * x.shape[-1] == k * x.numel():
             return mask
     return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, x.topk(k, sorted=False).indices, True)
-
-
-def top_k_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Where the ones of `top_k_mask` are; only for what `is_eager_cpu_inference` is true of.
-
-    Args:
-        x: `[heads, R, N]`, contiguous.
-        k: how many to keep, at most N.
-
-    Returns:
-        Places in the flattened `x`, int64, `[heads * R * k]`; and in its rows, `[heads, R, k]`, ascending.
-    """
-    heads, R, N = x.shape
-    flat = torch.from_numpy(np.flatnonzero(top_k_mask(x, k).numpy()))
-    first = torch.arange(0, heads * R * N, N).view(heads, R, 1)  # subtracting is quicker than a remainder
-    return flat, flat.view(heads, R, k) - first
 
 
 class ConnectivityPredictor(nn.Module):
@@ -170,42 +154,39 @@ class ConnectivityPredictor(nn.Module):
         # Logits have fewer ties than their softmax, where the small ones may all be 0.
         return coef * top_k_mask(logits, self.coef_top_k)
 
-    def top_coefficients(self, q: Tensor, k: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The coefficients that `coef_top_k` keeps, without their zeros and for the class token too.
-
-        Only for what `is_eager_cpu_inference` is true of.
-
-        Args:
-            q: `[heads, N, d]`.
-            k: `[heads, N, d]`.
-            kept: bool, `[N]`: as in `coefficients`.
-
-        Returns:
-            The coefficients and the basis vectors that they are of, int64, `[heads, N, coef_top_k]` both.
-        """
-        d, c = q.shape[-1], self.proj_c_q.out_features
-        if kept is None and d * self.rank < c * (d + self.rank):
-            # The products of the two linear layers with what follows are the smaller matrices then.
-            reduced = self.proj_c_k.weight @ (k.mT @ self.proj_n) + torch.outer(self.proj_c_k.bias, self.proj_n.sum(0))
-            reduced = reduced * self.scale  # [heads, c, rank]
-            logits = torch.baddbmm((self.proj_c_q.bias @ reduced).unsqueeze(1), q, self.proj_c_q.weight.T @ reduced)
-        else:
-            logits = self._logits(q[None], k[None], None if kept is None else kept[None], class_row=True)[0]
-        top = min(self.coef_top_k, self.rank)
-        chosen, index = top_k_index(logits, top)
-        return logits.softmax(-1).view(-1)[chosen].view(index.shape), index
-
-    def _logits(self, q: Tensor, k: Tensor, kept: Tensor | None = None, class_row: bool = False) -> Tensor:
+    def _logits(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Tensor:
         """The coefficients before their softmax."""
-        if q.shape[2] != self.num_tokens:
-            raise ValueError(
-                f"{q.shape[2]} tokens for a connectivity predictor of {self.num_tokens}; build the network with the "
-                "image size it is to see, or call its set_input_size."
-            )
+        self._check_tokens(k)
         q, k = self.proj_c_q(q), self.proj_c_k(k)  # [B, heads, N, c]
         if kept is not None:
             q, k = q * kept[:, None, :, None], k * kept[:, None, :, None]
-        return (q if class_row else q[:, :, 1:]) @ (k.mT @ self.proj_n) * self.scale
+        return q[:, :, 1:] @ (k.mT @ self.proj_n) * self.scale
+
+    def query_map(self, k: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The linear map from queries to the logits of their coefficients, for inference.
+
+        The same function as in `coefficients`, with both linear layers multiplied into what stands around them: few
+        multiplications more where the rank is large, but no reduced queries and keys to write and to read.
+
+        Args:
+            k: `[heads, N, d]`.
+            kept: bool, `[N]`: as in `coefficients`. The logits of queries that are not kept are to be 0.
+
+        Returns:
+            `[heads, d, rank]` to multiply queries with, and `[heads, 1, rank]` to add.
+        """
+        self._check_tokens(k)
+        proj_n = self.proj_n if kept is None else self.proj_n * kept[:, None]
+        keys = self.proj_c_k.weight @ (k.mT @ proj_n) + torch.outer(self.proj_c_k.bias, proj_n.sum(0))
+        keys = keys * self.scale  # [heads, c, rank]
+        return self.proj_c_q.weight.T @ keys, (self.proj_c_q.bias @ keys).unsqueeze(1)
+
+    def _check_tokens(self, k: Tensor) -> None:
+        if k.shape[-2] != self.num_tokens:
+            raise ValueError(
+                f"{k.shape[-2]} tokens for a connectivity predictor of {self.num_tokens}; build the network with the "
+                "image size it is to see, or call its set_input_size."
+            )
 
     def forward(self, q: Tensor, k: Tensor, raw: bool = False) -> Tensor:
         """Connectivity scores of all queries but the class token, which attends to everything.
