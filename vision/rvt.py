@@ -128,6 +128,7 @@ def resize_mask(mask: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) 
     return mask.contiguous()
 
 
+@register_notrace_module  # a trace would take the path of training, which rounds differently
 class _ConvMlp(nn.Module):
     """Three convolutions with BatchNorm (1x1, depthwise 3x3, 1x1) and GELU between them, on `[B, H, W, C]`."""
 
@@ -204,7 +205,7 @@ class _PatchEmbed(nn.Module):
     @staticmethod
     def grid(img_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the map that images of a size become."""
-        h, w = (((side - 3) // 2 + 1) // 2 // 4 for side in img_size)
+        h, w = (((side - 3) // 2 + 2) // 2 // 4 for side in img_size)
         return h, w
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
+from timm.models import register_notrace_module
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.xcit import LPI
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class TokenMixing(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
+@register_notrace_module  # a trace would take the path of training, which rounds differently
 class _LocalMlp(nn.Module):
     """linear, two depthwise convolutions beside a shortcut, linear, on `[B, N, C]`; the convolutions are XCiT's."""
 
@@ -171,6 +173,7 @@ class LayerNorm2dUnbiased(LayerNorm2d):
         return x.permute(0, 3, 1, 2)
 
 
+@register_notrace_module
 class _ConvNeXtBlock(ConvNeXtBlock):
     """timm's block with linear layers for 1x1 convolutions, and the scale of the branch in the last one's weights."""
 
