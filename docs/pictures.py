@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import attnsuite  # noqa: E402, F401 - registers the models
+import weights  # noqa: E402
 from vision.attention import attention_layers  # noqa: E402
+from vision.dcal import DCALCriterion  # noqa: E402
+from vision.ela import ela_maps, insert  # noqa: E402
 from vision.explain import attended, heatmap  # noqa: E402
+from vision.psa import PolarizedSelfAttention  # noqa: E402
+from vision.rollout import rollout  # noqa: E402
+from vision.sparsifiner import SparsifinerCriterion, connectivity  # noqa: E402
+from vision.tap import ADLCriterion, TokenAwareAveragePooling  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 SAMPLES = sorted((ROOT / "samples").glob("*.jpg"))
@@ -51,8 +58,10 @@ def colours(image: Tensor) -> np.ndarray:
     return picture.permute(1, 2, 0).byte().numpy()
 
 
-def taught(model: nn.Module, steps: int = 120, batch: int = 16, lr: float = 5e-4) -> nn.Module:
-    """A network with five classes after it has learnt which photograph a crop comes from."""
+def taught(
+    model: nn.Module, criterion: nn.Module | None = None, steps: int = 120, batch: int = 16, lr: float = 5e-4
+) -> nn.Module:
+    """A network with five classes after it has learnt which photograph a crop comes from, by cross-entropy or more."""
     crop = v2.Compose(
         [
             v2.RandomResizedCrop(SIDE, (0.2, 1.0), antialias=True),
@@ -61,13 +70,15 @@ def taught(model: nn.Module, steps: int = 120, batch: int = 16, lr: float = 5e-4
         ]
     )
     pictures = [v2.functional.pil_to_tensor(Image.open(path).convert("RGB")) for path in SAMPLES]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    learnt += [] if criterion is None else list(criterion.parameters())
+    optimiser = torch.optim.AdamW(learnt, lr=lr, weight_decay=0.05)
     model.train()
     for _ in range(steps):
         labels = torch.randint(len(SAMPLES), (batch,))
         x = torch.stack([crop(pictures[i]) for i in labels.tolist()])
         x = (x / 255 - MEAN[:, None, None]) / STD[:, None, None]
-        loss = nn.functional.cross_entropy(model(x), labels)
+        loss = nn.functional.cross_entropy(model(x), labels) if criterion is None else criterion(model, x, labels).loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -90,6 +101,13 @@ def chosen(image: Tensor, mask: Tensor) -> np.ndarray:
     return (grey + (picture - grey) * mask.numpy()[..., None]).round().astype(np.uint8)
 
 
+def stretched(maps: Tensor) -> Tensor:
+    """The first of maps `[B, h, w]`, from its least value at 0 to its largest at 1, at the size of the pictures."""
+    low, high = maps[0].min(), maps[0].max()
+    unit = (maps[:1] - low) / (high - low).clamp(min=1e-12)
+    return nn.functional.interpolate(unit[None], (SIDE, SIDE), mode="bilinear")[0, 0]
+
+
 def marked(picture: np.ndarray, at: tuple[float, float]) -> np.ndarray:
     """A white ring at a place `(y, x)`, fractions."""
     drawn = picture.copy()
@@ -97,6 +115,17 @@ def marked(picture: np.ndarray, at: tuple[float, float]) -> np.ndarray:
     cv2.circle(drawn, centre, 8, (0, 0, 0), 4, cv2.LINE_AA)
     cv2.circle(drawn, centre, 8, (255, 255, 255), 2, cv2.LINE_AA)
     return drawn
+
+
+def inputs_of(model: nn.Module, layers: Iterable[nn.Module], image: Tensor) -> list[Tensor]:
+    """What arrives at some layers, in the order in which they run."""
+    arrived: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(lambda _, args: arrived.append(args[0])) for layer in layers]
+    with torch.no_grad():
+        model(image)
+    for handle in handles:
+        handle.remove()
+    return arrived
 
 
 def sheet(name: str, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
@@ -146,7 +175,109 @@ def litv2() -> None:
     sheet("litv2", rows)
 
 
-PICTURES: dict[str, Callable[[], None]] = {"biformer": biformer, "litv2": litv2}
+def sparsifiner() -> None:
+    """The keys that one patch keeps, in three layers: how many of the heads keep each."""
+    model: Any = timm.create_model("sparsifiner_deit_tiny_patch16_224", num_classes=5, depth=4, keep_rate=0.15)
+    model.set_attention_path("dense")
+    taught(model)
+    model.set_attention_path("auto")
+    criterion = SparsifinerCriterion(phase="attn_self_distill")
+    criterion.set_trainable(model)
+    taught(model, criterion, lr=1e-3)
+    rows = []
+    for index, at in ((_CAT, (0.42, 0.35)), (_COFFEE, (0.5, 0.5))):
+        image = photographs()[index, None]
+        kept = connectivity(model, image, (int(at[0] * 14), int(at[1] * 14)))[0].float().mean(1)  # [depth, h, w]
+        panels = [("query", marked(colours(image[0]), at))]
+        for layer in range(1, 4):
+            mask = kept[layer].repeat_interleave(16, 0).repeat_interleave(16, 1)
+            panels.append((f"kept keys, layer {layer + 1}", marked(chosen(image[0], mask), at)))
+        rows.append(panels)
+    sheet("sparsifiner", rows)
+
+
+def ela() -> None:
+    """Gates inserted into a trained EfficientNet-Lite0, after they and the classifier have learnt."""
+    model: Any = timm.create_model("tf_efficientnet_lite0")
+    model.load_state_dict(weights.state_dict_for("tf_efficientnet_lite0", model))
+    inserted = insert(model)
+    model.reset_classifier(5)
+    model.requires_grad_(False)
+    for part in (model.get_classifier(), *map(model.get_submodule, inserted)):
+        part.requires_grad_(True)
+    taught(model, lr=5e-3)
+    rows = []
+    for index in (_CAT, _COFFEE):
+        image = photographs()[index, None]
+        maps = list(ela_maps(model, image).values())
+        panels = [("photograph", colours(image[0]))]
+        for layer in (0, len(maps) // 2, len(maps) - 1):
+            panels.append((f"gates, layer {layer + 1} of {len(maps)}", overlay(image[0], stretched(maps[layer]))))
+        rows.append(panels)
+    sheet("ela", rows)
+
+
+def psa() -> None:
+    """Spatial masks of a ResNet-18 with the paper's form of the layer."""
+    model: Any = taught(timm.create_model("psa_resnet18", num_classes=5, layout="sequential", form="paper"))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PolarizedSelfAttention)}
+    rows = []
+    for index in (_CAT, _COFFEE):
+        image = photographs()[index, None]
+        arrived = inputs_of(model, layers.values(), image)
+        masks = {
+            name: layer.masks(x).spatial.detach() for (name, layer), x in zip(layers.items(), arrived, strict=True)
+        }
+        panels = [("photograph", colours(image[0]))]
+        for name in ("layer1.1.deattn", "layer2.1.deattn", "layer3.1.deattn"):
+            panels.append((f"spatial mask, {name[:6]}", overlay(image[0], stretched(masks[name][:, 0]))))
+        rows.append(panels)
+    sheet("psa", rows)
+
+
+def dcal() -> None:
+    """Rollout through a small DeiT, and the tenth of the patches that ask in global-local cross-attention."""
+    model: Any = taught(timm.create_model("dcal_deit_tiny_patch16_224", num_classes=5, depth=4), DCALCriterion())
+    rows = []
+    for index in (_CAT, _COFFEE):
+        image = photographs()[index, None]
+        with torch.no_grad():
+            _, selected = model.local_tokens(image)
+        mask = torch.zeros(14 * 14)
+        mask[selected[0, 1:] - model.num_prefix_tokens] = 1
+        mask = mask.view(14, 14).repeat_interleave(16, 0).repeat_interleave(16, 1)
+        panels = [("photograph", colours(image[0]))]
+        panels.append(("rollout of the class token", overlay(image[0], stretched(rollout(model, image)))))
+        panels.append(("local queries", chosen(image[0], mask)))
+        rows.append([*panels, ("evidence", overlay(image[0], heatmap(model, image)[0]))])
+    sheet("dcal", rows)
+
+
+def tap() -> None:
+    """How much each token takes of itself and of the averages around it, in the first block of a TAP-RVT."""
+    model: Any = taught(timm.create_model("tap_rvt_tiny", num_classes=5), ADLCriterion())
+    pooling = next(m for m in model.modules() if isinstance(m, TokenAwareAveragePooling))
+    rows = []
+    for index in (_CAT, _COFFEE):
+        image = photographs()[index, None]
+        with torch.no_grad():
+            share = pooling.scale_weights(*inputs_of(model, [pooling], image))  # [1, H, W, num_scales]
+        panels = [("photograph", colours(image[0]))]
+        for scale, text in ((0, "the token itself"), (1, "3x3 around it"), (3, "3x3, three apart")):
+            panels.append((text, overlay(image[0], stretched(share[..., scale]))))
+        rows.append(panels)
+    sheet("tap", rows)
+
+
+PICTURES: dict[str, Callable[[], None]] = {
+    "biformer": biformer,
+    "litv2": litv2,
+    "sparsifiner": sparsifiner,
+    "ela": ela,
+    "psa": psa,
+    "dcal": dcal,
+    "tap": tap,
+}
 
 
 def main() -> None:
