@@ -343,6 +343,22 @@ def test_with_and_without_gradients(glca_pool: Any):
     assert [m[0].attn.shape[-1] for m in kept.values()] == [17] * 3
 
 
+def test_a_few_images_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch):
+    """In inference all layers' maps are kept for a few images only; who records attention gets those of all."""
+    model = small(glca_pool="avg").eval()
+    x = images(5, 3, 64, 64)
+    expected = model(x)
+    calls: list[int] = []
+    model.patch_embed.register_forward_hook(lambda _m, _a, out: calls.append(len(out)))
+    monkeypatch.setattr("vision.dcal.dcal._NUMBERS_AT_ONCE", 2 * x[0].numel())
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        assert calls == [2, 2, 1]
+        with record_attention(model.blocks) as kept:
+            model(x)
+    assert [len(maps) for maps in kept.values()] == [1] * 3 and calls[3:] == [5]
+
+
 @pytest.mark.parametrize("glca_pool", ["token", "avg"])
 def test_every_parameter_learns_from_plain_training(glca_pool: Any):
     model = small(num_classes=42, glca_pool=glca_pool, drop_path_rate=0.2).train()

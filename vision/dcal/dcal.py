@@ -24,6 +24,7 @@ from vision.dcal.operators import (
     local_rows,
     random_partners,
 )
+from vision.inference import in_parts
 
 __all__ = ["DCAL", "Branches", "checkpoint_filter_fn"]
 
@@ -36,6 +37,8 @@ class Branches(NamedTuple):
     features: tuple[Tensor, Tensor, Tensor]
     """Final class tokens, `[B, C]` each."""
 
+
+_NUMBERS_AT_ONCE = 2 * 3 * 448 * 448  # of images
 
 Inference = Literal["sa", "glca", "both"]
 GLCAPool = Literal["token", "avg"]
@@ -215,8 +218,18 @@ class DCAL(VisionTransformer):
         """Images `[B, in_chans, H, W]` to normed tokens `[B, N, C]`; GLCA's token, if it is asked for, is the last."""
         if self.inference == "sa":
             return self.norm(self._run_blocks(self._embed(x))[0])
-        x, maps, _ = self._run_blocks(self._embed(x), self._needs_maps)
-        return torch.cat((self.norm(x), self._glca_token(x, maps)), dim=1)
+        return self._both_features(x)
+
+    def _both_features(self, x: Tensor) -> Tensor:
+        """Images to the host's normed tokens and GLCA's behind them, `[B, N + 1, C]`."""
+
+        def run(x: Tensor) -> Tensor:
+            x, maps, _ = self._run_blocks(self._embed(x), self._needs_maps)
+            return torch.cat((self.norm(x), self._glca_token(x, maps)), dim=1)
+
+        is_recorded = not all(block.get_submodule("attn").fused_attn for block in self.blocks)
+        # All layers' maps have to be kept, but not those of all images at once.
+        return in_parts(run, x, _NUMBERS_AT_ONCE, self) if self._needs_maps and not is_recorded else run(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """`forward_features`' tokens to logits `[B, num_classes]`, or to `[B, head_hidden_size]` with `pre_logits`."""
@@ -238,8 +251,8 @@ class DCAL(VisionTransformer):
         Returns:
             `[B, 2 C]`: the class tokens of SA and GLCA. Compare by cosine or Euclidean distance.
         """
-        x, maps, _ = self._run_blocks(self._embed(x), self._needs_maps)
-        return torch.cat((self.fc_norm(self.norm(x)[:, 0]), self._glca_token(x, maps)[:, 0]), dim=-1)
+        tokens = self._both_features(x)
+        return torch.cat((self.fc_norm(tokens[:, 0]), tokens[:, -1]), dim=-1)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, branches: bool = False, partner: Tensor | None = None
