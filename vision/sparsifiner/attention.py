@@ -201,17 +201,31 @@ class SparsifinerAttention(nn.Module):
             return scores > self.score_threshold
         return top_k_mask(scores, budget)
 
-    def forward(self, x: Tensor, kept: Tensor | None = None, num_kept: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        kept: Tensor | None = None,
+        num_kept: int | None = None,
+    ) -> Tensor:
         """Attention among the tokens of each image.
 
         Args:
             x: `[B, N, C]`, the class token first.
+            attn_mask: here because timm's networks pass it on; must be None.
+            is_causal: likewise; must be False.
             kept: bool, `[B, N]`: tokens that were not pruned; None for all.
             num_kept: how many patch tokens that leaves in each image.
 
         Returns:
             `[B, N, C]`.
+
+        Raises:
+            ValueError: a mask, or another number of tokens than the predictor was built for.
         """
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask and is_causal: the predictor alone says who attends to whom; pass neither.")
         B, N, C = x.shape
         q, k, v = self.heads(x, kept)
         if self.recorder is not None:

@@ -196,6 +196,8 @@ class _Heard:
 @contextmanager
 def _listening(network: nn.Module) -> Iterator[_Heard]:
     """Keeps what a network says in a forward, as long as the context lasts."""
+    if not hasattr(network, "norm"):
+        raise ValueError(f"{type(network).__name__} has no final `norm` to take tokens from; expected a timm ViT.")
     heard = _Heard()
     prefix = getattr(network, "num_prefix_tokens", 1)
 

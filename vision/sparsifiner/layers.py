@@ -82,33 +82,27 @@ class SparsifinerBlock(nn.Module):
         self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, N, C]` → `[B, N, C]`, the class token first."""
-        if self.keep_in == 1 and self.keep_out == 1:
-            return self._branches(x)
-        return self._pruning(x)
-
-    def _branches(self, x: Tensor, kept: Tensor | None = None, num_kept: int | None = None) -> Tensor:
-        branch = self.drop_path1(self.attn(self.norm1(x), kept, num_kept))
-        x = x + (branch if self.skip_lam == 1 else branch / self.skip_lam)
-        branch = self.drop_path2(self.mlp(self.norm2(x)))
-        return x + (branch if self.skip_lam == 1 else branch / self.skip_lam)
-
-    def _pruning(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """`[B, N, C]` → `[B, N, C]`, the class token first; the mask is for the attention to refuse."""
         recorder = self.attn.recorder
-        if recorder is not None and recorder.reconstruct:
-            return self._branches(x)
+        if self.keep_out == 1 or (recorder is not None and recorder.reconstruct):
+            return self._branches(x, attn_mask=attn_mask, is_causal=is_causal)
         num_patches = x.shape[1] - 1
         kept, num_kept = None, None
         if self.keep_in < 1:
             num_kept = math.ceil(self.keep_in * num_patches)
             kept = (x != 0).any(-1)
+        left = kept
         if self.keep_out < self.keep_in:
-            out = self._most_attended(self.norm1(x), kept, math.ceil(self.keep_out * num_patches))
-        else:
-            out = kept
-        x = self._branches(x, kept, num_kept)
-        return x if out is None else x * out.unsqueeze(-1)
+            left = self._most_attended(self.norm1(x), kept, math.ceil(self.keep_out * num_patches))
+        x = self._branches(x, kept=kept, num_kept=num_kept, attn_mask=attn_mask, is_causal=is_causal)
+        return x if left is None else x * left.unsqueeze(-1)
+
+    def _branches(self, x: Tensor, **attention: Any) -> Tensor:
+        branch = self.drop_path1(self.attn(self.norm1(x), **attention))
+        x = x + (branch if self.skip_lam == 1 else branch / self.skip_lam)
+        branch = self.drop_path2(self.mlp(self.norm2(x)))
+        return x + (branch if self.skip_lam == 1 else branch / self.skip_lam)
 
     def _most_attended(self, x: Tensor, kept: Tensor | None, count: int) -> Tensor:
         """Marks the class token and the patch tokens, `[B, N]`, that it attends to most."""

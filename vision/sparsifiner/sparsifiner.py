@@ -258,8 +258,8 @@ class SparsifinerLVViT(Sparsifiner):
         if pre_logits or not self.num_classes or not self.global_pool:
             return logits
         aux = self.aux_head(x[:, self.num_prefix_tokens :])  # [B, N - 1, num_classes]
-        # In training a weight of 0: whoever listens to `aux_head` gets its output, all others a gradient of zeros.
-        return logits + (0.0 * aux.mean(1) if self.training else 0.5 * aux.amax(1))
+        # A weight of 0 leaves the output to whoever listens to `aux_head`, and gives all others a gradient of zeros.
+        return logits + (0.0 if self.training else 0.5) * aux.amax(1)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
