@@ -277,7 +277,7 @@ def insert(model: nn.Module, variant: Variant = "b", where: Where | None = None)
     if present := [name for name, m in model.named_modules() if isinstance(m, InsertedAttention)]:
         raise ValueError(f"{type(model).__name__} has ELA layers inserted at {_some(present)} already.")
     places = _default_places(model) if where is None else _named_places(model, where)
-    widths = _widths(model, places)
+    widths = _widths(model, places, only_square=where is None) if places else []
     if where is None:  # what is not run (a drop path without a shortcut) or no map is no place
         places = [place for place, width in zip(places, widths, strict=True) if width]
         widths = [width for width in widths if width]
@@ -335,14 +335,18 @@ def _named_places(model: nn.Module, where: Where) -> list[_Place]:
     return [_Place(name, False, name) for name in names if name in chosen]
 
 
-def _widths(model: nn.Module, places: Sequence[_Place]) -> list[int]:
-    """Channels of the map at each place, 0 where there is no single one; by a run without numbers."""
+def _widths(model: nn.Module, places: Sequence[_Place], only_square: bool) -> list[int]:
+    """Channels of the map at each place, 0 where there is no single one; by a run without numbers.
+
+    What a square image makes is `[B, C, s, s]`; with `only_square` other shapes count as none, as `[B, s, s, C]` is.
+    """
     seen: list[set[int]] = [set() for _ in places]
 
     def watch(widths: set[int]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, out: Any = None) -> None:
             x = args[0] if out is None else out
-            widths.add(x.shape[1] if isinstance(x, Tensor) and x.ndim == 4 else 0)
+            is_map = isinstance(x, Tensor) and x.ndim == 4 and (not only_square or x.shape[2] == x.shape[3])
+            widths.add(x.shape[1] if is_map else 0)
 
         return hook
 
@@ -353,9 +357,9 @@ def _widths(model: nn.Module, places: Sequence[_Place]) -> list[int]:
         handles.append(register(watch(widths)))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shadows = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
+    side = max(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:])
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    image = torch.empty(2, getattr(model, "in_chans", 3), *size, device="meta", dtype=dtype)
+    image = torch.empty(2, getattr(model, "in_chans", 3), side, side, device="meta", dtype=dtype)
     try:
         with torch.no_grad():
             torch.func.functional_call(model, shadows, (image,))
@@ -446,19 +450,22 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def ela_resnet18(pretrained: bool = False, **kwargs) -> ResNet:
-    """ResNet-18 with ELA; `variant='t' | 'b' | 's' | 'l'`, `placement='timm' | 'published'` (with an inner skip)."""
+    """ResNet-18 with ELA, 11.7 M parameters, 1.8 GMACs at 224.
+
+    `variant='t' | 'b' | 's' | 'l'`, `placement='timm' | 'published'`, which has an inner skip.
+    """
     return _create_resnet("ela_resnet18", pretrained, BasicBlock, (2, 2, 2, 2), kwargs)
 
 
 @register_model
 def ela_resnet34(pretrained: bool = False, **kwargs) -> ResNet:
-    """ResNet-34 with ELA; arguments as `ela_resnet18`."""
+    """ResNet-34 with ELA, 21.8 M parameters, 3.7 GMACs at 224; arguments as `ela_resnet18`."""
     return _create_resnet("ela_resnet34", pretrained, BasicBlock, (3, 4, 6, 3), kwargs)
 
 
 @register_model
 def ela_resnet50(pretrained: bool = False, **kwargs) -> ResNet:
-    """ResNet-50 with ELA; arguments as `ela_resnet18`.
+    """ResNet-50 with ELA, 25.7 M parameters, 4.1 GMACs at 224; arguments as `ela_resnet18`.
 
     Placement 'timm' is at the end of the residual branch, on its wide map; 'published' is behind the 3x3 convolution,
     on the narrow one, with an inner skip.
@@ -468,7 +475,7 @@ def ela_resnet50(pretrained: bool = False, **kwargs) -> ResNet:
 
 @register_model
 def ela_resnet101(pretrained: bool = False, **kwargs) -> ResNet:
-    """ResNet-101 with ELA; arguments as `ela_resnet50`."""
+    """ResNet-101 with ELA, 44.8 M parameters, 7.8 GMACs at 224; arguments as `ela_resnet50`."""
     return _create_resnet("ela_resnet101", pretrained, Bottleneck, (3, 4, 23, 3), kwargs)
 
 
@@ -476,7 +483,7 @@ def ela_resnet101(pretrained: bool = False, **kwargs) -> ResNet:
 def ela_mobilenetv2_100(
     pretrained: bool = False, variant: Variant = "b", placement: Placement = "published", **kwargs
 ) -> EfficientNet:
-    """MobileNetV2 with ELA behind the depthwise convolution of each inverted residual, on the expanded map.
+    """MobileNetV2 with ELA behind each depthwise convolution, on the expanded map; 3.6 M parameters, 0.3 GMACs at 224.
 
     `placement='timm'` also has one in the first block, which does not expand, as timm's EfficientNets do.
     """

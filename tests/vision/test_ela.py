@@ -306,6 +306,16 @@ def test_insertion_where_it_was_asked_for():
     assert torch.equal(twin(x), expected)
 
 
+def test_insertion_into_parts_of_other_networks():
+    features = build("resnet50", features_only=True)
+    assert len(insert(features)) == 16
+    unet: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 12, (3, 5), (2, 1))).eval()
+    x = torch.randn(2, 3, 20, 30)
+    expected = unet(x)
+    assert insert(unet, where=["0", "2"]) == ["0.1", "2.1"]
+    assert torch.equal(unet(x), expected) and unet[2][1].attn.conv.in_channels == 12
+
+
 def test_trained_insertions_load_into_a_network_built_the_same_way():
     model = build("mobilenetv2_035", num_classes=5).eval()
     for name in insert(model, "s"):
@@ -339,6 +349,8 @@ def test_insertions_that_cannot_be():
         insert(model, where="fc")
     with pytest.raises(ValueError, match="no residual branch that is known"):
         insert(build("vit_tiny_patch16_224", depth=1))
+    with torch.device("meta"), pytest.raises(ValueError, match="SwinTransformer has no residual branch"):
+        insert(torchvision.models.swin_t())  # its maps are [B, H, W, C]
     with pytest.raises(ValueError, match="variant='x'"):
         insert(model, "x")  # type: ignore[arg-type]
     assert list(model.state_dict()) == state, "a refused insertion changes nothing"
