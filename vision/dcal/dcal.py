@@ -58,7 +58,7 @@ class DCAL(VisionTransformer):
             does not reach gets no gradient from `model(x)`; it does from the criterion.
         local_ratio: R, the share of patches that ask in GLCA; in the paper 0.1 for categories, 0.3 for
             re-identification.
-        glca_pool: 'token' reads GLCA's class token; 'avg' the mean of its tokens, see the module's text.
+        glca_pool: 'token' reads GLCA's class token; 'avg' the mean of its tokens, see the package's text.
         **kwargs: as timm's `VisionTransformer`; `img_size` 448 or (256, 128) as in the paper, for one.
 
     Raises:
