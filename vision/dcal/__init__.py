@@ -13,7 +13,7 @@ Where the paper is silent:
 
 * the class row is always kept, the ratio counts patches; GLCA reads the host's last block before the final norm, starts
   as a copy of that block, and has a norm and a classifier of its own;
-* both images of a pair are each other's distractor, in streams of their own;
+* every image of a batch is the distractor of one other, with keys and values of its own PWCA stream;
 * **rows of attention do not see each other.** One GLCA block, read at its class token as the paper reads it, gives the
   same logits and gradients whichever patches are picked. So with `glca_pool='token'` the other rows, and the rollout
   that picks them, are not computed. With `glca_pool='avg'`, which is not in the paper, the selection matters.
