@@ -12,9 +12,10 @@ What differs from that code:
   throughout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -26,10 +27,12 @@ from vision import psa
 from vision.criterion import StepLoss
 from vision.ocr import ObjectContextHead, ScaleAttention, fuse_scales
 from vision.psa import Form, Layout, PolarizedHRNet
+from vision.pyramid import is_eager_cpu_inference
 from vision.segmentation import CITYSCAPES_CLASSES, Segmenter, resize_maps, scale_images, segmentation_loss
 
 __all__ = ["MultiScaleLoss", "MultiScaleOutput", "PolarizedHRNetOCR", "ScalePrediction"]
 
+_PIXELS_AT_ONCE = 2 * 224 * 224  # enough for matrix products at full speed
 _REGIONS = 19  # of the first guess in a network that is built without classes
 
 
@@ -242,10 +245,21 @@ class PolarizedHRNetOCR(Segmenter):
         if self.scale_attn is None:
             return super().forward_scales(x, scales)
         scales = sorted(scales, reverse=True)
+        return self._in_parts(x, lambda part: self._fused(part, scales))
+
+    def _fused(self, x: Tensor, scales: Sequence[float]) -> Tensor:
         predictions = [self.predict_scale(x, scale) for scale in scales]
         attention: Any = [prediction.attention for prediction in predictions]
         fused = fuse_scales(scales, [prediction.logits for prediction in predictions], attention)
         return resize_maps(fused, x.shape[-2:])
+
+    def _in_parts(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        """In inference on a CPU a few images at a time, so that maps stay in memory that the process has already."""
+        if is_eager_cpu_inference(x) and not self.training:
+            at_once = max(_PIXELS_AT_ONCE // x[0, 0].numel(), 1)
+            if at_once < len(x):
+                return torch.cat([call(part) for part in x.split(at_once)])
+        return call(x)
 
     def forward_detailed(self, x: Tensor) -> MultiScaleOutput:
         """`forward` with everything that a training objective needs."""
@@ -270,7 +284,8 @@ class PolarizedHRNetOCR(Segmenter):
         if detailed is True:  # a symbolic trace puts something else in its place and gets the ordinary way
             return self.forward_detailed(x)
         if self.scale_attn is None:
-            return resize_maps(self.forward_head(self.forward_features(x)), x.shape[-2:])
+            head = self.forward_head
+            return self._in_parts(x, lambda part: resize_maps(head(self.forward_features(part)), part.shape[-2:]))
         return self.forward_scales(x, (1.0, self.low_scale))
 
 

@@ -17,6 +17,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from vision import hrnet_ocr
 from vision.attention import record_attention
 from vision.hrnet_ocr import MultiScaleLoss, PolarizedHRNetOCR
 from vision.ocr import ObjectContextHead, PyramidConv2d, fuse_scales
@@ -113,6 +114,22 @@ def test_any_size_and_images_do_not_see_each_other(size: tuple[int, int], multi_
         assert y.shape == (3, 5, *size) and y.isfinite().all()
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(y[2:], model.predict(x[2:]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("multi_scale", [True, False])
+def test_a_batch_taken_in_parts_gives_what_it_gives_at_once(multi_scale: bool, monkeypatch: pytest.MonkeyPatch):
+    model = create(multi_scale=multi_scale).eval()
+    x = images(5, 3, 64, 64)
+    whole = model(x)
+    assert whole.requires_grad
+    calls: list[int] = []
+    model.ocr.register_forward_hook(lambda _m, args, _out: calls.append(len(args[0][0])))
+    monkeypatch.setattr(hrnet_ocr, "_PIXELS_AT_ONCE", 2 * 64 * 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), whole.detach(), rtol=1e-4, atol=1e-5)
+        assert sum(calls) == 5 * (1 + multi_scale) and max(calls) == 2, "the parts were really taken"
+        model.train()(x)
+    assert calls[-1] == 5, "in training the norms need the whole batch"
 
 
 def test_forward_is_two_scales_and_predict_three():
