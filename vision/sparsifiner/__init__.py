@@ -21,6 +21,7 @@ from vision.sparsifiner.attention import (
     gathered_attention,
     record_connectivity,
 )
+from vision.sparsifiner.blockwise import blockwise_attention
 from vision.sparsifiner.criterion import SparsifinerCriterion
 from vision.sparsifiner.layers import LVViTStem, SparsifinerBlock
 from vision.sparsifiner.predictor import ConnectivityPredictor, top_k_mask
@@ -36,6 +37,7 @@ __all__ = [
     "SparsifinerBlock",
     "SparsifinerCriterion",
     "SparsifinerLVViT",
+    "blockwise_attention",
     "checkpoint_filter_fn",
     "connectivity",
     "gathered_attention",
