@@ -205,7 +205,8 @@ def _check_attention(attns: Sequence[Tensor]) -> None:
 
 def _head_mean(attn: Tensor) -> Tensor:
     """[B, heads, Nq, Nk] → [B, Nq, Nk], at least in single precision."""
-    return attn.mean(1, dtype=torch.promote_types(attn.dtype, torch.float32))
+    # Not `mean`: the gradient of a sum is one matrix seen by all heads, that of a mean is written out for each.
+    return attn.sum(1, dtype=torch.promote_types(attn.dtype, torch.float32)) / attn.shape[1]
 
 
 def _above(x: Tensor, threshold: float) -> Tensor:

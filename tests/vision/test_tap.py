@@ -232,6 +232,13 @@ def test_no_second_attention_matrix_is_kept_for_the_backward_pass(loss: Any):
         assert sum(storages.alive(attn)) > 2 * rows
 
 
+def test_the_gradient_is_one_matrix_for_all_heads():
+    """It waits for the rest of the network's backward pass, in all layers at once."""
+    attn = attention(2, 4, 24, 24).requires_grad_()
+    (grad,) = torch.autograd.grad(attention_diversification_loss([attn], 1.0), attn)
+    assert grad.shape == attn.shape and grad.any() and grad.untyped_storage().nbytes() == 4 * 2 * 24 * 24
+
+
 def test_loss_refuses_what_is_no_attention():
     with pytest.raises(ValueError, match="no attention given"):
         attention_diversification_loss([])
