@@ -17,7 +17,7 @@ from support import SAMPLES
 
 import vision.segmentation
 from apps.segment import _largest, read_scales, segmenters
-from vision.hrnet_ocr import MultiScaleLoss
+from vision.psa import MultiScaleLoss
 
 NANO = ("--model", "psa_hrnet_nano_ocr")
 RANDOM = (*NANO, "--random-weights")

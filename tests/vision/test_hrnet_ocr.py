@@ -17,11 +17,16 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from vision import hrnet_ocr
 from vision.attention import record_attention
-from vision.hrnet_ocr import MultiScaleLoss, PolarizedHRNetOCR
-from vision.ocr import ObjectContextHead, PyramidConv2d, fuse_scales
-from vision.psa import PolarizedBasicBlock
+from vision.psa import (
+    MultiScaleLoss,
+    ObjectContextHead,
+    PolarizedBasicBlock,
+    PolarizedHRNetOCR,
+    PyramidConv2d,
+    fuse_scales,
+    hrnet_ocr,
+)
 
 NAME = "psa_hrnet_nano_ocr"
 

@@ -18,9 +18,7 @@ from parity import rule
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision import hrnet_ocr
-from vision.hrnet_ocr import PolarizedHRNetOCR
-from vision.psa import PolarizedBasicBlock, PolarizedSelfAttention, checkpoint_filter_fn
+from vision.psa import PolarizedBasicBlock, PolarizedHRNetOCR, PolarizedSelfAttention, checkpoint_filter_fn, hrnet_ocr
 
 OPERATORS = rule.load("psa_modules")
 LAYOUTS: dict[str, Any] = {"p": "parallel", "s": "sequential"}

@@ -22,6 +22,7 @@ from vision.psa import (
     PolarizedHRNet,
     PolarizedHRNetFeatures,
     PolarizedSelfAttention,
+    polarized_masks,
 )
 
 forms = pytest.mark.parametrize(("layout", "form"), list(itertools.product(get_args(Layout), get_args(Form))))
@@ -102,6 +103,21 @@ def test_masks_are_what_the_layer_applies(layout: Layout, form: Form):
     assert all(0 < mask.min() and mask.max() < 1 for mask in (channel, spatial))
     expected = x * (channel + spatial) if layout == "parallel" else x * (channel * spatial)
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_masks_of_a_whole_network():
+    model = timm.create_model("psa_resnet18", num_classes=2).eval()
+    masks = polarized_masks(model, torch.randn(2, 3, 64, 32))
+    assert list(masks) == [name for name, m in model.named_modules() if isinstance(m, PolarizedSelfAttention)]
+    assert masks["layer1.0.deattn"].spatial.shape == (2, 1, 16, 8)
+    assert masks["layer4.1.deattn"].channel.shape == (2, 512, 1, 1)
+    x = torch.randn(2, 8, 5, 4)
+    layer = nn.Sequential(PolarizedSelfAttention(8))
+    (alone,) = polarized_masks(layer, x).values()
+    assert torch.equal(alone.spatial, layer.get_submodule("0").masks(x).spatial)
+    assert not layer[0]._forward_pre_hooks, "nothing is left behind"
+    with pytest.raises(ValueError, match="no PolarizedSelfAttention"):
+        polarized_masks(nn.Linear(3, 2), x)
 
 
 @layouts

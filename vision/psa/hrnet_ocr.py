@@ -2,7 +2,7 @@
 
 Paper: Liu, Liu, Fan and Huang, "Polarized Self-Attention: Towards High-quality Pixel-wise Regression",
 https://arxiv.org/abs/2107.00782. Original code: https://github.com/DeLightCMU/PSA (Apache-2.0). The attention is in
-`vision.psa`, the head in `vision.ocr`.
+`vision.psa.attention`, the head in `vision.psa.ocr`.
 
 What differs from that code:
 
@@ -23,10 +23,11 @@ from timm.models.hrnet import cfg_cls
 from torch import Tensor, nn
 
 import weights
-from vision import psa
 from vision.criterion import StepLoss
-from vision.ocr import ObjectContextHead, ScaleAttention, fuse_scales
-from vision.psa import Form, Layout, PolarizedHRNet
+from vision.psa import psa
+from vision.psa.attention import Form, Layout
+from vision.psa.ocr import ObjectContextHead, ScaleAttention, fuse_scales
+from vision.psa.psa import PolarizedHRNet
 from vision.pyramid import is_eager_cpu_inference
 from vision.segmentation import CITYSCAPES_CLASSES, Segmenter, resize_maps, scale_images, segmentation_loss
 
