@@ -83,6 +83,8 @@ def attention_map(model: nn.Module, images: Tensor, target: int | Tensor | None 
     with _gradients(model, images) as images, record_attention(listened) as layers:
         score = _score(model, model(images), target)
         kept = [layer_map for maps in layers.values() for layer_map in maps]
+        if listened is model:  # a class attention, or a few tokens' own, mixes no patches
+            kept = [layer_map for layer_map in kept if layer_map.attn.shape[-2] == layer_map.attn.shape[-1]]
         if not kept:
             raise ValueError(f"{type(model).__name__} has no attention to record; method='activation' works for it.")
         grads = torch.autograd.grad(score, [layer_map.attn for layer_map in kept])
@@ -141,7 +143,9 @@ def attended(
         (attn.shape[-1] - grid[0] * grid[1], *grid) if grid[0] else _token_grid(model, attn.shape[-1], images)
     )
     # queries may lie on a finer grid than keys, of the same shape
-    finer = round(((attn.shape[-2] - prefix) / (h * w)) ** 0.5)
+    finer = round(((attn.shape[-2] - prefix) / (h * w)) ** 0.5) if attn.shape[-2] > prefix else 0
+    if not finer or finer**2 * h * w != attn.shape[-2] - prefix:
+        raise ValueError(f"in layer {name!r} of {type(model).__name__} not every place attends; choose another layer.")
     y, x = (int(fraction / e * side * finer) for fraction, e, side in zip(at, extent, (h, w), strict=True))
     row = attn[:, :, prefix + y * w * finer + x, prefix:].float()  # [B, heads, h * w]
     row = ((row > 0).float() if connectivity else row).mean(1).unflatten(1, (h, w))

@@ -14,6 +14,7 @@ from vision.attention import attention_layers, record_attention
 from vision.explain import attended, attention_map, class_activation, heatmap
 from vision.pyramid import PyramidBackbone
 from vision.rollout import rollout
+from vision.sparsifiner import connectivity
 
 
 @pytest.mark.parametrize(
@@ -305,3 +306,43 @@ def test_rollout_is_one_of_the_methods():
     assert maps[0, 8::16, 8::16].argmax() == expected[0].argmax()
     with pytest.raises(ValueError, match="ResNet has no `blocks` and `patch_embed` to roll out"):
         heatmap(any_model("resnet10t"), x, method="rollout")
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed"),
+    [
+        ("dcal_deit_tiny_patch16_224", {"img_size": (64, 96), "depth": 3}),
+        ("sparsifiner_deit_tiny_patch16_224", {"img_size": (64, 96), "depth": 3}),
+        ("tap_fan_tiny_8_p4_hybrid", {}),
+        ("tap_rvt_tiny_plus", {"img_size": (64, 96)}),
+        ("psa_resnet18", {}),
+        ("ela_resnet18", {}),
+    ],
+)
+def test_every_method_is_explained(name: str, fixed: dict[str, Any]):
+    model = timm.create_model(name, num_classes=10, **fixed).eval()
+    x = images(2, 3, 64, 96)
+    methods = ["auto", "activation"] if "resnet" in name else ["auto", "activation", "attention"]
+    for method in methods:
+        maps = heatmap(model, x, 3, method=method)  # pyright: ignore[reportArgumentType]
+        assert maps.shape == (2, 64, 96) and maps.isfinite().all() and maps.min() == 0 and maps.max() <= 1
+    if "resnet" in name:
+        return
+    layer = attention_layers(model)[0]
+    row = attended(model, x, (0.6, 0.1), layer)
+    assert row.shape == (2, 64, 96) and row.amax((1, 2)).tolist() == [1, 1]
+
+
+def test_a_layer_where_a_few_tokens_ask_is_named():
+    model = timm.create_model("dcal_deit_tiny_patch16_224", img_size=64, depth=2)
+    with pytest.raises(ValueError, match=r"in layer 'glca\.attn' of DCAL not every place attends"):
+        attended(model, images(1, 3, 64, 64), (0.5, 0.5), "glca.attn")
+
+
+@torch.no_grad()
+def test_attended_shows_the_keys_that_sparsifiner_keeps():
+    model = timm.create_model("sparsifiner_deit_tiny_patch16_224", img_size=64, depth=2).eval()
+    x = images(2, 3, 64, 64)
+    share = attended(model, x, (0.3, 0.8), layer=1, connectivity=True)
+    kept = connectivity(model, x, (1, 3))[:, 1].float().mean(1)  # [B, h, w]
+    torch.testing.assert_close(share[:, ::16, ::16], kept)
