@@ -43,6 +43,39 @@ def test_models_lists_ours_with_published_figures(run):
     assert facts["litv2_nano"]["source"] is None
 
 
+# Parameters (M) and GMACs at 224 pixels, counted on the authors' code.
+COUNTED = {
+    "sparsifiner_deit_tiny_patch16_224": (5.92, 1.34),
+    "sparsifiner_deit_small_patch16_224": (22.25, 4.77),
+    "sparsifiner_deit_base_patch16_224": (86.77, 17.92),
+    "sparsifiner_lvvit_small": (26.42, 6.79),
+    "sparsifiner_lvvit_medium": (56.17, 13.07),
+    "tap_fan_tiny_8_p4_hybrid": (7.52, 3.65),
+    "tap_fan_small_12_p4_hybrid": (26.26, 7.01),
+    "tap_fan_base_16_p4_hybrid": (50.74, 11.82),
+    "tap_fan_large_16_p4_hybrid": (77.24, 17.76),
+    "tap_fan_tiny_12_p16_224": (7.40, 1.49),
+    "tap_fan_small_12_p16_224": (28.51, 5.49),
+    "tap_fan_base_18_p16_224": (54.64, 10.72),
+    "tap_fan_large_24_p16_224": (80.99, 16.04),
+    "tap_rvt_tiny": (8.74, 1.30),
+    "tap_rvt_small": (22.32, 4.68),
+    "tap_rvt_base": (87.09, 17.62),
+    "tap_rvt_tiny_plus": (11.05, 1.30),
+    "tap_rvt_small_plus": (23.47, 4.68),
+    "tap_rvt_base_plus": (89.40, 17.62),
+}
+
+
+def test_sizes_are_those_of_the_authors_code(run):
+    facts = {fact["name"]: fact for fact in json.loads(run("models", "--json").out)}
+    for name, (params, gmacs) in COUNTED.items():
+        assert facts[name]["params"] == pytest.approx(params, rel=0.01), name
+        assert facts[name]["gmacs"] == pytest.approx(gmacs, rel=0.01), name
+    top1 = {name: fact["top1"] for name, fact in facts.items() if name.startswith("tap_") and fact["top1"]}
+    assert top1 == {"tap_fan_base_16_p4_hybrid": 84.3, "tap_rvt_base_plus": 83.1}
+
+
 def test_models_searches_timm_too(run):
     done = run("models", "resnet18", "--all")
     assert done.code == 0 and "huggingface.co/timm/resnet18.a1_in1k" in done.out and "11.69" in done.out
