@@ -57,16 +57,20 @@ class PositionAwareAttention(nn.Module):
             raise ValueError(f"width {dim} does not divide by num_heads={num_heads}.")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.mask_grid = mask_grid
-        if mask_grid is None:
-            self.register_parameter("att_mask", None)
-        else:
-            N = mask_grid[0] * mask_grid[1]
-            self.att_mask = nn.Parameter(torch.empty(num_heads, N, N, **dd))
-            trunc_normal_(self.att_mask, std=0.02)
+        self.mask_grid: tuple[int, int] | None = None
+        self.register_parameter("att_mask", None)
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.tap = AttentionTap()
+        if mask_grid is not None:
+            self.add_mask(mask_grid)
+
+    def add_mask(self, grid: tuple[int, int]) -> None:
+        """A fresh mask for a map of this height and width."""
+        N = grid[0] * grid[1]
+        self.att_mask = nn.Parameter(self.proj.weight.new_empty(self.num_heads, N, N))
+        trunc_normal_(self.att_mask, std=0.02)
+        self.mask_grid = grid
 
     def resize_to(self, grid: tuple[int, int]) -> None:
         """Resamples the mask for a larger map; leaves it as it is where the map's tokens have their part of it."""
@@ -389,6 +393,9 @@ class RVT(PyramidBackbone):
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     """The published files' nesting and prefixes taken off, the norm under timm's name, masks as large as the network's.
 
+    A block that has a mask in the file gets one in the network: the authors print more parameters than their code
+    builds, and more masks would explain it.
+
     Args:
         state_dict: the content of a published file (state dict under "model" or bare; perhaps "module." before names),
             or a state dict of ours.
@@ -398,14 +405,18 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
         A state dict that `model` loads strictly.
     """
     state_dict = state_dict.get("model", state_dict)
-    own = model.state_dict()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PositionAwareAttention)}
+    grid = next((layer.mask_grid for layer in layers.values() if layer.mask_grid), _MASK_GRID)
     converted = {}
     for name, tensor in state_dict.items():
         name = name.removeprefix("module.")
         name = f"fc_{name}" if name.startswith("norm.") else name
-        if name.endswith(".att_mask") and name in own and tensor.shape[1] < own[name].shape[1]:
-            grid = model.get_submodule(name.removesuffix(".att_mask")).mask_grid
-            tensor = resize_mask(tensor, _MASK_GRID, grid)  # pyright: ignore[reportArgumentType]
+        layer = layers.get(name.removesuffix(".att_mask"))
+        if layer is not None and tensor.ndim == 3:
+            if layer.mask_grid is None:
+                layer.add_mask(grid)
+            if tensor.shape[1] < grid[0] * grid[1]:
+                tensor = resize_mask(tensor, _MASK_GRID, grid)
         converted[name] = tensor
     return converted
 

@@ -219,8 +219,8 @@ class ADLCriterion(nn.Module):
 
     The network is neither changed nor told: while the criterion calls it, the chosen layers take their step-by-step
     path and their attention is listened to; every other layer, and the network outside of the criterion, stay fused.
-    Fused attention keeps no attention matrix and this keeps one per chosen layer, `B * heads * N * N` values: choose
-    fewer `layers` where memory is short.
+    Fused attention keeps no attention matrix and this keeps one per chosen layer, `B * heads * N * N` values, with all
+    layers of a DeiT-S for a twentieth more time: choose fewer `layers` where memory is short.
 
     Layers with a single query (class attention) have no rows to compare and are left out, as in the paper.
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from parity import rule
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vision import fan, rvt
 from vision.attention import attention_layers, record_attention
@@ -162,6 +163,16 @@ def test_biased_norms_give_what_the_authors_code_gives_with_them(network: tuple[
     expected = torch.tensor(golden["logits_of_biased_norms_first16"])
     torch.testing.assert_close(logits[0, :16], expected, rtol=1e-3, atol=30 * golden["logits"]["rounding"])
     assert (expected - torch.tensor(golden["logits"]["first16"])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [*TAP, *PLAIN])
+def test_multiply_adds_are_the_authors(name: str):
+    """Averages included, which cost their code none; it has one product the size of attention more without TAP."""
+    model = timm.create_model(name, device="meta").eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() / 2 == pytest.approx(rule.load(name)["macs"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -128,6 +128,21 @@ def test_a_published_file_is_resampled_for_a_larger_network():
         assert torch.equal(a, b), name
 
 
+def test_a_file_with_more_masks_gives_them_to_the_network(tmp_path: Path):
+    """As the printed size of the published network suggests; saved and created again it keeps them."""
+    rich = randomized(timm.create_model("tap_rvt_tiny_plus", **{**SMALL["two stages, masks"], "num_classes": 3}))
+    poor = timm.create_model(
+        "tap_rvt_tiny_plus", **{**SMALL["two stages, masks"], "num_classes": 3, "masked_blocks": 1}
+    )
+    poor.load_state_dict(checkpoint_filter_fn(rich.state_dict(), poor), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(poor.eval()(x), rich(x))
+        save_for_hf(poor, str(tmp_path), safe_serialization=True)
+        again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(again(x), rich(x))
+
+
 @torch.no_grad()
 def test_small_images_take_the_upper_left_of_the_mask():
     model = randomized(create("two stages, masks"))
