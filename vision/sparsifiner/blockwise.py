@@ -6,6 +6,8 @@ partition of numpy's. Both paths come to about the time of the attention to all 
 """
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,8 +60,8 @@ def blockwise_attention(
             query_map = predictor.query_map(k_, of_image)
             for row in range(0, N, rows_at_once):
                 rows = slice(row, row + rows_at_once)
-                scores = _scores(q_[:, rows], query_map, basis, predictor.coef_top_k, of_image, rows)
-                attend(q_[:, rows], k_, v_, scores, budget, scale, row == 0, out_[:, rows])
+                score = partial(_scores, q_[:, rows], query_map, basis, predictor.coef_top_k, of_image, rows)
+                attend(q_[:, rows], k_, v_, score, budget, scale, row == 0, out_[:, rows])
     return out
 
 
@@ -94,31 +96,45 @@ def _top_k_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return flat.view(heads, R, k) - first, flat
 
 
-def _bias(scores: Tensor, budget: int) -> Tensor:
+def _bias(score: Callable[[], Tensor], budget: int) -> Tensor:
     """What a fused kernel takes as a mask: 0 for the keys to attend to, for others as good as minus infinity."""
-    bias = torch.empty_like(scores)
-    torch.ge(scores, kth_largest(scores, budget), out=bias)
-    if int(bias.sum()) * scores.shape[-1] != budget * scores.numel():  # ties
-        bias.copy_(top_k_mask(scores, budget))
-    return torch.add(scores.new_tensor(_NEVER), bias, alpha=-_NEVER, out=bias)
+    bias = score()
+    torch.ge(bias, kth_largest(bias, budget), out=bias)  # in place, so that it stays in the cache
+    if int(bias.sum()) * bias.shape[-1] != budget * bias.numel():  # ties
+        bias = top_k_mask(score(), budget).to(bias.dtype)
+    return torch.add(bias.new_tensor(_NEVER), bias, alpha=-_NEVER, out=bias)
 
 
 def _masked(
-    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, budget: int, scale: float, with_class: bool, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Callable[[], Tensor],
+    budget: int,
+    scale: float,
+    with_class: bool,
+    out: Tensor,
 ) -> None:
     """`[heads, R, d]` by `[heads, N, d]` → `out`, `[heads, R, d]`, by way of all products."""
-    bias = _bias(scores, budget)
+    bias = _bias(score, budget)
     if with_class:
         bias[:, 0] = 0.0
     out.copy_(F.scaled_dot_product_attention(q[None], k[None], v[None], bias[None], scale=scale)[0])
 
 
 def _gathered(
-    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, budget: int, scale: float, with_class: bool, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Callable[[], Tensor],
+    budget: int,
+    scale: float,
+    with_class: bool,
+    out: Tensor,
 ) -> None:
     """The same by way of the products with chosen keys alone."""
-    heads, R, _ = scores.shape
-    index, _ = _top_k_index(scores, budget)
+    heads, R, _ = q.shape
+    index, _ = _top_k_index(score(), budget)
     first = torch.arange(0, R * budget + 1, budget)
     for head in range(heads):
         keys, values = k[head].contiguous(), v[head].contiguous()

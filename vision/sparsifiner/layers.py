@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp, PatchEmbed, to_2tuple
+from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from vision.pyramid import is_eager_cpu_inference
 from vision.sparsifiner.attention import SparsifinerAttention
@@ -99,10 +101,9 @@ class SparsifinerBlock(nn.Module):
         return x if left is None else x * left.unsqueeze(-1)
 
     def _branches(self, x: Tensor, **attention: Any) -> Tensor:
-        branch = self.drop_path1(self.attn(self.norm1(x), **attention))
-        x = x + (branch if self.skip_lam == 1 else branch / self.skip_lam)
-        branch = self.drop_path2(self.mlp(self.norm2(x)))
-        return x + (branch if self.skip_lam == 1 else branch / self.skip_lam)
+        share = 1 / self.skip_lam
+        x = torch.add(x, self.drop_path1(self.attn(self.norm1(x), **attention)), alpha=share)
+        return torch.add(x, self.drop_path2(self.mlp(self.norm2(x))), alpha=share)
 
     def _most_attended(self, x: Tensor, kept: Tensor | None, count: int) -> Tensor:
         """Marks the class token and the patch tokens, `[B, N]`, that it attends to most."""
@@ -158,7 +159,20 @@ class LVViTStem(PatchEmbed):
         """`[B, in_chans, H, W]` → `[B, N, C]`."""
         torch._assert(x.shape[-2] == self.img_size[0], f"Input height {x.shape[-2]}, model {self.img_size[0]}.")
         torch._assert(x.shape[-1] == self.img_size[1], f"Input width {x.shape[-1]}, model {self.img_size[1]}.")
-        x = self.bn1(self.conv1(x)).relu_()
-        x = self.bn2(self.conv2(x)).relu_()
-        x = self.bn3(self.conv3(x)).relu_()
+        x = _conv_bn_relu(x, self.conv1, self.bn1)
+        x = _conv_bn_relu(x, self.conv2, self.bn2)
+        x = _conv_bn_relu(x, self.conv3, self.bn3)
         return self.proj(x).flatten(2).transpose(1, 2)
+
+
+register_notrace_module(LVViTStem)
+
+
+def _conv_bn_relu(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:
+    """Convolution, batch norm, ReLU; in inference the norm is a part of the convolution, for the maps are large."""
+    if not is_eager_cpu_inference(x) or bn.training or bn.running_mean is None or bn.running_var is None:
+        return bn(conv(x)).relu_()
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    return nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
