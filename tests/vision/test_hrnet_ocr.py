@@ -22,7 +22,6 @@ from vision.psa import (
     MultiScaleLoss,
     ObjectContextHead,
     PolarizedBasicBlock,
-    PolarizedHRNetOCR,
     PyramidConv2d,
     fuse_scales,
     hrnet_ocr,
@@ -31,7 +30,7 @@ from vision.psa import (
 NAME = "psa_hrnet_nano_ocr"
 
 
-def create(**kwargs: Any) -> PolarizedHRNetOCR:
+def create(**kwargs: Any) -> Any:
     return timm.create_model(NAME, **{"num_classes": 5, **kwargs})
 
 
@@ -43,7 +42,7 @@ def images(*shape: int) -> Tensor:
 @pytest.mark.parametrize("sizes", [[(16, 24), (8, 12), (4, 6), (2, 3)], [(15, 9), (8, 5), (4, 3), (7, 9)], [(6, 6)]])
 def test_convolution_of_a_pyramid_is_that_of_the_resized_maps(kernel_size: int, sizes: list[tuple[int, int]]):
     channels = [5, 7, 11, 40][: len(sizes)]
-    conv = PyramidConv2d(sum(channels), 6, kernel_size).double()
+    conv: Any = PyramidConv2d(sum(channels), 6, kernel_size).double()
     maps = [
         torch.randn(2, c, *size, dtype=torch.double, requires_grad=True)
         for c, size in zip(channels, sizes, strict=True)
@@ -62,7 +61,7 @@ def test_convolution_of_a_pyramid_is_that_of_the_resized_maps(kernel_size: int, 
 
 
 def test_each_map_takes_the_cheaper_way():
-    conv = PyramidConv2d(720, 512, 3, device="meta")
+    conv: Any = PyramidConv2d(720, 512, 3, device="meta")
     shape = lambda *size: torch.empty(1, *size, device="meta")  # noqa: E731
     small = [shape(96, 28, 28), shape(192, 14, 14), shape(384, 7, 7)]
     assert [conv.is_cheaper_small(x, (56, 56)) for x in small] == [True, True, True]
@@ -205,7 +204,7 @@ def test_reset_classifier():
 
 
 def test_features_only_needs_no_head():
-    model = timm.create_model(NAME, features_only=True, out_indices=(0, 3))
+    model: Any = timm.create_model(NAME, features_only=True, out_indices=(0, 3))
     assert model.feature_info.channels() == [8, 64] and model.feature_info.reduction() == [4, 32]
     assert [tuple(m.shape) for m in model(images())] == [(2, 8, 16, 24), (2, 64, 2, 3)]
     assert not any("ocr." in name or "scale_attn." in name for name, _ in model.named_parameters())
@@ -225,11 +224,11 @@ def test_layer_groups_cover_all_parameters_in_order():
 
 def test_saved_and_loaded_again_also_for_other_classes(tmp_path: Path):
     model = create(layout="sequential").eval()
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     x = images()
     with torch.no_grad():
         assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
-    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
+    other: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
     assert other(x).shape == (2, 3, 64, 96)
     assert torch.equal(other.backbone.conv1.weight, model.backbone.conv1.weight)
 
@@ -349,6 +348,7 @@ def assert_onnx_equals(model: nn.Module, x: Tensor, folder: Path) -> None:
     file = str(folder / "model.onnx")
     torch.onnx.export(model, (x,), file, dynamo=True, opset_version=18, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    out: Any
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(out, model(x).numpy(), rtol=1e-3, atol=1e-4)
 

@@ -112,7 +112,7 @@ def test_masks_of_a_whole_network():
     assert masks["layer1.0.deattn"].spatial.shape == (2, 1, 16, 8)
     assert masks["layer4.1.deattn"].channel.shape == (2, 512, 1, 1)
     x = torch.randn(2, 8, 5, 4)
-    layer = nn.Sequential(PolarizedSelfAttention(8))
+    layer: Any = nn.Sequential(PolarizedSelfAttention(8))
     (alone,) = polarized_masks(layer, x).values()
     assert torch.equal(alone.spatial, layer.get_submodule("0").masks(x).spatial)
     assert not layer[0]._forward_pre_hooks, "nothing is left behind"
@@ -226,7 +226,7 @@ def test_a_block_without_attention_is_timms():
         (psa.PolarizedBottleneck, Bottleneck),
         (PolarizedBasicBlock, BasicBlock),
     ):
-        block = ours(theirs.expansion * 16, 16).eval()
+        block: Any = ours(theirs.expansion * 16, 16).eval()
         block.deattn = nn.Identity()
         plain = theirs(theirs.expansion * 16, 16).eval()
         plain.load_state_dict(block.state_dict())
@@ -287,7 +287,7 @@ def test_hrnet_refuses_unknown_options(kwargs: dict[str, Any]):
 
 def test_features_keep_the_names_of_the_parameters():
     names = dict(timm.create_model("psa_hrnet_w32", device="meta").named_parameters())
-    model = timm.create_model("psa_hrnet_w32", features_only=True, device="meta")
+    model: Any = timm.create_model("psa_hrnet_w32", features_only=True, device="meta")
     own = [name for name, _ in model.named_parameters()]
     assert set(own) < set(names) and sum(".deattn." in name for name in own) == 104 * 5
     assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
