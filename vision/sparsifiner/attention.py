@@ -11,7 +11,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vision.attention import AttentionTap, attend
-from vision.pyramid import is_eager_cpu_inference
+from vision.inference import is_eager_cpu_inference
 from vision.sparsifiner.blockwise import blockwise_attention
 from vision.sparsifiner.predictor import ConnectivityPredictor, top_k_mask
 

@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from vision.pyramid import is_eager_cpu_inference
+from vision.inference import is_eager_cpu_inference
 from vision.sparsifiner.attention import SparsifinerAttention
 
 __all__ = ["LVViTStem", "SparsifinerBlock"]

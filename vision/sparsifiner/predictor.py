@@ -8,7 +8,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vision.pyramid import is_eager_cpu_inference
+from vision.inference import is_eager_cpu_inference
 
 __all__ = ["ConnectivityPredictor", "kth_largest", "top_k_mask"]
 
