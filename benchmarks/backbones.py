@@ -103,7 +103,7 @@ GROUPS = {
     ),
 }
 # What a network must be built with to be what the authors measured.
-BUILT_WITH: dict[str, dict[str, Any]] = {"psa_hrnet_w48_ocr": {"layout": "sequential"}}
+BUILT_WITH: dict[str, dict[str, Any]] = {"psa_hrnet_w48_ocr": {"layout": "sequential", "multi_scale": False}}
 
 
 def routed_attention_as_written(q, k, v, index, size, num_heads, scale, **_) -> Tensor:
@@ -157,9 +157,9 @@ _AS_WRITTEN: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
 @contextmanager
 def as_written():
     """Our networks with the papers' equations in place of our kernels, and the batch in one piece."""
-    import vision.pyramid as pyramid
+    from vision import inference
 
-    changes = (*_AS_WRITTEN, (pyramid, "is_eager_cpu_inference", lambda x: False))
+    changes = (*_AS_WRITTEN, (inference, "is_eager_cpu_inference", lambda x: False))
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     for owner, name, function in changes:
         setattr(owner, name, function)

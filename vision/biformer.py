@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import weights
 from vision.attention import AttentionTap, attend
-from vision.pyramid import PyramidBackbone, imagenet_cfg, is_eager_cpu_inference, pad_bottom_right
+from vision.inference import is_eager_cpu_inference
+from vision.pyramid import PyramidBackbone, imagenet_cfg, pad_bottom_right
 
 __all__ = [
     "AttentionLePE",

@@ -26,7 +26,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 import weights
-from vision.pyramid import imagenet_cfg, is_eager_cpu_inference
+from vision.inference import is_eager_cpu_inference
+from vision.pyramid import imagenet_cfg
 
 __all__ = ["ELABottleneck", "EfficientLocalAttention", "InsertedAttention", "Variant", "ela_maps", "insert"]
 

@@ -76,7 +76,7 @@ def attention_map(model: nn.Module, images: Tensor, target: int | Tensor | None 
     """
     listened = model
     if isinstance(model, PyramidBackbone):
-        side = max(4 * 2 ** (model.num_stages - 2), 1)
+        side = model.feature_info[max(model.num_stages - 2, 0)]["reduction"]
         tokens = (images.shape[-2] // side) * (images.shape[-1] // side)
         first = model.num_stages - (2 if tokens <= _MAX_TOKENS else 1)
         listened = nn.ModuleList(model.stage_blocks(i) for i in range(max(first, 0), model.num_stages))

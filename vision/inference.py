@@ -10,9 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision.attention import AttentionTap
-from vision.pyramid import is_eager_cpu_inference
 
-__all__ = ["batch_norm", "gelu", "in_parts"]
+__all__ = ["batch_norm", "gelu", "in_parts", "is_eager_cpu_inference"]
+
+
+def is_eager_cpu_inference(x: Tensor) -> bool:
+    """Whether `x` is a real tensor on a CPU and nobody wants gradients, a lower precision or a graph of what happens.
+
+    Only then may a layer work block by block, so that intermediate results stay in the cache and in memory that the
+    process has already: on a CPU fresh pages can cost more than the arithmetic on them.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(x, Tensor)  # not the proxy of a symbolic trace
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def in_parts(run: Callable[[Tensor], Tensor], x: Tensor, numel: int, network: nn.Module) -> Tensor:

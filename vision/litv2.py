@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import weights
 from vision.attention import AttentionTap, attend
-from vision.pyramid import PyramidBackbone, imagenet_cfg, is_eager_cpu_inference, pad_bottom_right
+from vision.inference import gelu
+from vision.pyramid import PyramidBackbone, imagenet_cfg, pad_bottom_right
 
 __all__ = ["DeformableTokenMerging", "HiLo", "LITv2", "LITv2Block", "checkpoint_filter_fn", "deform_patches"]
 
@@ -240,7 +241,7 @@ class _ConvMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.dwconv(self.fc1(x))
         # The widest tensor of the network: in inference it need not be there twice.
-        hidden = torch.ops.aten.gelu_(hidden) if is_eager_cpu_inference(x) else F.gelu(hidden)
+        hidden = gelu(hidden)
         return self.fc2(hidden)
 
 

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint_seq, register_notrace_function
@@ -13,8 +12,9 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 import weights
+from vision.inference import in_parts
 
-__all__ = ["PyramidBackbone", "imagenet_cfg", "is_eager_cpu_inference", "pad_bottom_right"]
+__all__ = ["PyramidBackbone", "imagenet_cfg", "pad_bottom_right"]
 
 
 @register_notrace_function
@@ -34,28 +34,7 @@ def pad_bottom_right(x: Tensor, multiple: tuple[int, int]) -> Tensor:
     return x
 
 
-def is_eager_cpu_inference(x: Tensor) -> bool:
-    """Whether `x` is a real tensor on a CPU and nobody wants gradients, a lower precision or a graph of what happens.
-
-    Only then may a layer work block by block, so that intermediate results stay in the cache and in memory that the
-    process has already: on a CPU fresh pages can cost more than the arithmetic on them.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and isinstance(x, Tensor)  # not the proxy of a symbolic trace
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
 _TOKENS_AT_ONCE = 1568  # enough rows for a matrix product to run at full speed
-
-
-def _images_at_once(x: Tensor, channels: int) -> int:
-    """How many images of a batch of maps to take through a stage at a time."""
-    tokens = x[0].numel() // channels
-    return -(-_TOKENS_AT_ONCE // tokens)
 
 
 class PyramidBackbone(nn.Module, ABC):
@@ -125,11 +104,7 @@ class PyramidBackbone(nn.Module, ABC):
         blocks = self.stage_blocks(index)
         if self.grad_checkpointing:
             return checkpoint_seq(blocks, x)
-        if is_eager_cpu_inference(x) and not self.training:
-            at_once = _images_at_once(x, self.feature_info[index]["num_chs"])
-            if at_once < len(x):
-                return torch.cat([blocks(part) for part in x.split(at_once)])
-        return blocks(x)
+        return in_parts(blocks, x, _TOKENS_AT_ONCE * self.feature_info[index]["num_chs"], blocks)
 
     @property
     def num_stages(self) -> int:

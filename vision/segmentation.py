@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
+from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
@@ -95,6 +96,8 @@ class Segmenter(nn.Module, ABC):
     """Channels that enter the classifier."""
     in_chans: int
     """Channels of the images."""
+    feature_info: list[dict]
+    """Of each map of `forward_features`: `num_chs`, `reduction`, `module`."""
 
     window: tuple[int, int] | None = None
     """Height and width of the crops that `predict` takes of larger pictures; None: always the whole picture."""
@@ -130,6 +133,58 @@ class Segmenter(nn.Module, ABC):
     @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks in the backward pass instead of keeping their activations."""
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor | list[Tensor], list[Tensor]]:
+        """The maps that the head works on; they come out together.
+
+        Args:
+            x: images, `[B, in_chans, H, W]`.
+            indices: maps to return: all for None, the last n for a number n, or a list of indices.
+            norm: no effect; there is no final norm.
+            stop_early: no effect.
+            output_fmt: only 'NCHW'.
+            intermediates_only: leave out the features.
+
+        Returns:
+            The list of maps, or with the features (all maps) before it.
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'.")
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        features = self.forward_features(x)
+        maps = [features[i] for i in take]
+        return maps if intermediates_only else (features, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> Sequence[int]:
+        """Removes what the maps asked for do not need, which is the head; returns their indices.
+
+        Args:
+            indices: as in `forward_intermediates`.
+            prune_norm: no effect.
+            prune_head: remove the head; only features and intermediates can be had then.
+        """
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        if prune_head:
+            self.num_classes = 0
+            self.remove_head()
+        return take
+
+    @abstractmethod
+    def remove_head(self) -> None:
+        """Forgets all that stands behind `forward_features`."""
 
     def set_input_size(self, img_size: int | tuple[int, int] | None) -> None:
         """Records the image size that the network is meant for; no weight depends on it.

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vision.attention import attention_layers, record_attention
 from vision.criterion import StepLoss, classification_loss, unwrapped
-from vision.pyramid import is_eager_cpu_inference
+from vision.inference import is_eager_cpu_inference
 
 __all__ = [
     "ADLCriterion",

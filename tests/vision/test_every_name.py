@@ -130,7 +130,7 @@ def test_in_chans(name: str):
     assert model.in_chans == 4 and len(model(blank(1, 4, height, width))) == 1
 
 
-@classifiers
+@every
 def test_features_only(name: str):
     size = (224, 224) if is_transformer(name) else (96, 96)
     model = meta(name, features_only=True, **({"img_size": 224} if is_transformer(name) else {})).eval()

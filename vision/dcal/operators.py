@@ -10,7 +10,7 @@ from timm.models import register_notrace_function
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vision.pyramid import is_eager_cpu_inference
+from vision.inference import is_eager_cpu_inference
 from vision.rollout import rollout_row
 
 __all__ = [

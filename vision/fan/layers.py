@@ -14,8 +14,7 @@ from timm.models.xcit import LPI
 from torch import Tensor, nn
 
 from vision.attention import AttentionTap, attend
-from vision.inference import batch_norm, gelu, in_parts
-from vision.pyramid import is_eager_cpu_inference
+from vision.inference import batch_norm, gelu, in_parts, is_eager_cpu_inference
 from vision.tap import TokenAwareAveragePooling
 
 __all__ = ["ChannelProcessing", "FANBlock", "HybridEmbed", "LayerNorm2dUnbiased", "TokenMixing"]

@@ -188,6 +188,12 @@ class FANSegmenter(Segmenter):
         self.backbone.prune_intermediate_layers([-1], prune_norm=True)
         self.backbone.pos_embed = _ManyFrequencies(dim=embed_dim, **dd)
         self.cls_attn_blocks = nn.Sequential(*(_PatchTokens(embed_dim, **dd) for _ in range(cls_attn_layers)))
+        places = (
+            (128, 4, "backbone.patch_embed.backbone.stages.0"),
+            (256, 8, "backbone.patch_embed.backbone.stages.1"),
+        )
+        places += ((embed_dim, 16, "backbone.blocks"), (embed_dim, 16, "cls_attn_blocks"))
+        self.feature_info = [{"num_chs": c, "reduction": r, "module": module} for c, r, module in places]
         self.num_features = embed_dim
         self.head_hidden_size = head_dim
         self.decode_head = MLPHead((128, 256, embed_dim, embed_dim), num_classes, head_dim, drop_rate, **dd)
@@ -210,6 +216,9 @@ class FANSegmenter(Segmenter):
             raise ValueError(f"global_pool={global_pool!r}: each pixel is classified; only None and '' fit.")
         self.num_classes = num_classes
         self.decode_head.reset_classifier(num_classes)
+
+    def remove_head(self) -> None:
+        self.decode_head: Any = nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the backbone's blocks in the backward pass instead of keeping their activations."""
@@ -289,5 +298,6 @@ def tap_fan_base_16_p4_hybrid_seg(pretrained: bool = False, **kwargs) -> FANSegm
         "tap_fan_base_16_p4_hybrid_seg",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **{**defaults, **kwargs},
     )

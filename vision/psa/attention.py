@@ -7,7 +7,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from vision.pyramid import is_eager_cpu_inference
+from vision.inference import is_eager_cpu_inference
 
 __all__ = ["Form", "Layout", "PolarizedMasks", "PolarizedSelfAttention", "check_option", "polarized_masks"]
 

@@ -18,17 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.hrnet import cfg_cls
 from torch import Tensor, nn
 
 import weights
 from vision.criterion import StepLoss
+from vision.inference import is_eager_cpu_inference
 from vision.psa import psa
 from vision.psa.attention import Form, Layout
 from vision.psa.ocr import ObjectContextHead, ScaleAttention, fuse_scales
 from vision.psa.psa import PolarizedHRNet
-from vision.pyramid import is_eager_cpu_inference
 from vision.segmentation import CITYSCAPES_CLASSES, Segmenter, resize_maps, scale_images, segmentation_loss
 
 __all__ = ["MultiScaleLoss", "MultiScaleOutput", "PolarizedHRNetOCR", "ScalePrediction"]
@@ -173,54 +172,9 @@ class PolarizedHRNetOCR(Segmenter):
         x, _ = self.ocr(features)
         return x if pre_logits else self.ocr.cls_head(x)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
-        """The backbone's maps, strides 4 to 32; they come out of its last stage together.
-
-        Args:
-            x: images, `[B, in_chans, H, W]`.
-            indices: maps to return: all for None, the last n for a number n, or a list of indices.
-            norm: no effect; there is no final norm.
-            stop_early: no effect.
-            output_fmt: only 'NCHW'.
-            intermediates_only: leave out the features.
-
-        Returns:
-            The list of maps, or with the features (all maps) before it.
-
-        Raises:
-            ValueError: another `output_fmt`.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'.")
-        take, _ = feature_take_indices(len(self.feature_info), indices)
-        features = self.forward_features(x)
-        maps = [features[i] for i in take]
-        return maps if intermediates_only else (features, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> Sequence[int]:
-        """Removes what the maps asked for do not need, which is the head; returns their indices.
-
-        Args:
-            indices: as in `forward_intermediates`.
-            prune_norm: no effect.
-            prune_head: remove the head; only features and intermediates can be had then.
-        """
-        take, _ = feature_take_indices(len(self.feature_info), indices)
-        if prune_head:
-            self.num_classes = 0
-            self.ocr: Any = nn.Identity()
-            self.scale_attn = None
-        return take
+    def remove_head(self) -> None:
+        self.ocr: Any = nn.Identity()
+        self.scale_attn = None
 
     def predict_scale(self, x: Tensor, scale: float) -> ScalePrediction:
         """One pass over images `[B, in_chans, H, W]` at one size; `scale` is a factor on H and W."""
