@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from vision.inference import is_eager_cpu_inference
+from vision.inference import gelu, is_eager_cpu_inference
 from vision.sparsifiner.attention import SparsifinerAttention
 
 __all__ = ["LVViTStem", "SparsifinerBlock"]
@@ -19,9 +19,7 @@ class _GELU(nn.GELU):
     """GELU, in inference in place: the hidden layer of an MLP is the widest tensor and need not be there twice."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_eager_cpu_inference(input) and not self.training:
-            return torch.ops.aten.gelu_(input)
-        return super().forward(input)
+        return gelu(input)
 
 
 class SparsifinerBlock(nn.Module):
