@@ -41,6 +41,9 @@ class Pixelwise(Segmenter):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes, self.head = num_classes, nn.Conv2d(3, num_classes, 1)
 
+    def remove_head(self) -> None:
+        self.head = nn.Identity()
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         assert not enable
 
