@@ -32,7 +32,7 @@ from vision.segmentation import CITYSCAPES_CLASSES, Segmenter, resize_maps, scal
 
 __all__ = ["MultiScaleLoss", "MultiScaleOutput", "PolarizedHRNetOCR", "ScalePrediction"]
 
-_PIXELS_AT_ONCE = 2 * 224 * 224  # enough for matrix products at full speed
+_PIXELS_AT_ONCE = 4 * 224 * 224  # enough for matrix products at full speed
 _REGIONS = 19  # of the first guess in a network that is built without classes
 
 
@@ -165,6 +165,8 @@ class PolarizedHRNetOCR(Segmenter):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Images `[B, in_chans, H, W]` to four maps at strides 4 to 32, together `num_features` wide."""
+        if is_eager_cpu_inference(x):  # convolutions of a few channels on large maps run faster so
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.backbone.forward_features(x)
 
     def forward_head(self, features: list[Tensor], pre_logits: bool = False) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
