@@ -119,8 +119,8 @@ _TOKEN_GROUPS = (
         "Sparsifiner",
         """
 Bound by the matrix products of its host, DeiT, and by choosing keys: a partition of numpy's, which runs on one thread
-(about a tenth of the time) and is four times as fast as `torch.topk`. With `--threads 1` the ratios are 0.46, 1.28, 4.08
-and 1.93.
+(about a tenth of the time) and is four times as fast as `torch.topk`. With `--threads 1` the ratios are 0.46, 1.28,
+4.08 and 1.93.
 """,
     ),
     (
@@ -160,8 +160,8 @@ def _sparse_attention(report: dict[str, Any]) -> str:
         f"`python benchmarks/sparsifiner.py --models`: one layer's attention, predictor and choice of keys included, "
         f"{report['threads']} threads, torch {report['torch']}. The gather path multiplies the kept keys only and "
         "overtakes the masked one from 384 pixels on where at most a tenth of the keys is kept. Neither overtakes "
-        "dense fused attention at any length measured: scores and choice cost the same per query and key at any length, and "
-        "more than a fused kernel needs for the product itself. A quarter to a half of the multiply-adds takes about "
+        "dense fused attention at any length measured: scores and choice cost the same per query and key at any "
+        "length, and more than a fused kernel needs for the product itself. A quarter to a half of the multiply-adds takes about "
         "four times as long.\n\n" + table(header, rows)
     )
 
