@@ -161,8 +161,8 @@ def _sparse_attention(report: dict[str, Any]) -> str:
         f"{report['threads']} threads, torch {report['torch']}. The gather path multiplies the kept keys only and "
         "overtakes the masked one from 384 pixels on where at most a tenth of the keys is kept. Neither overtakes "
         "dense fused attention at any length measured: scores and choice cost the same per query and key at any "
-        "length, and more than a fused kernel needs for the product itself. A quarter to a half of the multiply-adds takes about "
-        "four times as long.\n\n" + table(header, rows)
+        "length, and more than a fused kernel needs for the product itself. A quarter to a half of the multiply-adds "
+        "takes about four times as long.\n\n" + table(header, rows)
     )
 
 
