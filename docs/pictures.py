@@ -4,7 +4,7 @@
     python docs/pictures.py biformer psa   # some
 
 The papers' checkpoints cannot be assumed to be on a machine, and attention of random weights shows little. So each
-picture's network first learns, for about a minute, which of the sample photographs a crop comes from; what is drawn
+picture's network first learns, for less than a minute, which of the sample photographs a crop comes from; what is drawn
 is what came of that, with the seed fixed.
 """
 
@@ -59,7 +59,7 @@ def colours(image: Tensor) -> np.ndarray:
 
 
 def taught(
-    model: nn.Module, criterion: nn.Module | None = None, steps: int = 120, batch: int = 16, lr: float = 5e-4
+    model: nn.Module, criterion: nn.Module | None = None, steps: int = 60, batch: int = 16, lr: float = 5e-4
 ) -> nn.Module:
     """A network with five classes after it has learnt which photograph a crop comes from, by cross-entropy or more."""
     crop = v2.Compose(
