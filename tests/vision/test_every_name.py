@@ -1,6 +1,6 @@
 """What timm's own tests ask of a model, asked of every name that this package registers.
 
-Numbers run at 64 pixels; what needs none runs on the meta device.
+BiFormer's and LITv2's have their own, `test_timm_contract.py`. Numbers run at 64 pixels; what needs none runs on the meta device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from torch import nn
 import vision  # noqa: F401 - registers the models
 from vision.segmentation import Segmenter
 
-NAMES = [n for n in timm.list_models() if timm.model_entrypoint(n).__module__.partition(".")[0] == "vision"]
+NAMES = [
+    name
+    for name in timm.list_models(exclude_filters=["biformer_*", "litv2_*"])
+    if timm.model_entrypoint(name).__module__.partition(".")[0] == "vision"
+]
 SEGMENTERS = [n for n in NAMES if fnmatch.fnmatch(n, "*_ocr") or fnmatch.fnmatch(n, "*_seg")]
 CLASSIFIERS = [n for n in NAMES if n not in SEGMENTERS]
 TRANSFORMERS = ("sparsifiner_*", "dcal_*")  # built for one image size, tokens all of one stride
@@ -68,7 +72,7 @@ def blank(*shape: int) -> torch.Tensor:
 
 
 def test_every_name_has_a_configuration_and_a_documented_entry():
-    assert len(NAMES) > 45
+    assert len(NAMES) >= 45
     assert all(get_pretrained_cfg(name) is not None for name in NAMES)
     for name in NAMES:
         entry = timm.model_entrypoint(name)
