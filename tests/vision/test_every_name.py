@@ -1,6 +1,7 @@
 """What timm's own tests ask of a model, asked of every name that this package registers.
 
-BiFormer's and LITv2's have their own, `test_timm_contract.py`. Numbers run at 64 pixels; what needs none runs on the meta device.
+BiFormer's and LITv2's have their own, `test_timm_contract.py`. Numbers run at 64 pixels; what needs none runs on the
+meta device.
 """
 
 from __future__ import annotations
