@@ -12,10 +12,6 @@ import vision  # noqa: F401 - registers the models
 sys.path.append(str(Path(__file__).parents[1]))  # `parity` lies beside this folder
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than 20 s on two cores")
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same numbers whichever tests run before it."""
