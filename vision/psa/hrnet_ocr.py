@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import weights
 from vision.criterion import StepLoss
-from vision.inference import is_eager_cpu_inference
+from vision.inference import channels_last, is_eager_cpu_inference
 from vision.psa import psa
 from vision.psa.attention import Form, Layout
 from vision.psa.ocr import ObjectContextHead, ScaleAttention, fuse_scales
@@ -165,9 +165,7 @@ class PolarizedHRNetOCR(Segmenter):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Images `[B, in_chans, H, W]` to four maps at strides 4 to 32, together `num_features` wide."""
-        if is_eager_cpu_inference(x):  # convolutions of a few channels on large maps run faster so
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.backbone.forward_features(x)
+        return self.backbone.forward_features(channels_last(x))
 
     def forward_head(self, features: list[Tensor], pre_logits: bool = False) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The four maps to logits `[B, num_classes, H / 4, W / 4]` of this one scale."""
