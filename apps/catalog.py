@@ -60,8 +60,6 @@ def catalog(pattern: str | None, everything: bool) -> list[ModelFacts]:
     Raises:
         UsageError: Nothing matches.
     """
-    import attnsuite  # noqa: F401 - registers our models
-
     names = own_names() if not everything else _all()
     if pattern is not None:
         wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
@@ -91,6 +89,8 @@ def _measured_before() -> dict[str, tuple[float, float | None]]:
 
 def _all() -> list[str]:
     import timm
+
+    import attnsuite  # noqa: F401 - registers our models
 
     return timm.list_models()
 

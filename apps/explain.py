@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import cv2
 import numpy as np
 import torch
+
+from vision.explain import Method, attended, heatmap
 
 from .batch.decode import View
 from .batch.sources import Source, encode_path
@@ -33,7 +35,7 @@ class Look:
         connectivity: Which places are attended to at all, instead of how much.
     """
 
-    method: Literal["auto", "attention", "activation", "rollout"] = "auto"
+    method: Method = "auto"
     at: tuple[float, float] | None = None
     layer: int | str = -1
     connectivity: bool = False
@@ -110,8 +112,6 @@ class Explain(Stage):
         return f"{label}→ {row['heatmap']}"
 
     def _maps(self, images: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-        from vision.explain import attended, heatmap
-
         look = self._look
         if look.at is None:
             return heatmap(self.module, images, targets, look.method)
@@ -138,7 +138,7 @@ def look(method: str, at: str | None, layer: str | None, connectivity: bool) -> 
     """Reads what to draw from the options of the command.
 
     Args:
-        method: 'auto', 'attention', 'activation' or 'rollout'.
+        method: As `Look` has it.
         at: `"0.5,0.25"`, x and y.
         layer: Index or name.
         connectivity: See `Look`.
@@ -146,8 +146,9 @@ def look(method: str, at: str | None, layer: str | None, connectivity: bool) -> 
     Raises:
         UsageError: A place that is none, or an option without the one it belongs to.
     """
-    if method not in ("auto", "attention", "activation", "rollout"):
-        raise UsageError(f"--method {method}: expected auto, attention, activation or rollout")
+    methods: tuple[Method, ...] = get_args(Method)
+    if method not in methods:
+        raise UsageError(f"--method {method}: expected one of {', '.join(methods)}")
     if at is None:
         if layer is not None or connectivity:
             raise UsageError("--layer and --connectivity say what to draw of a place: give that with --at X,Y")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from vision.attention import attention_layers  # noqa: E402
 from vision.dcal import DCALCriterion  # noqa: E402
 from vision.ela import ela_maps, insert  # noqa: E402
 from vision.explain import attended, heatmap  # noqa: E402
-from vision.psa import PolarizedSelfAttention  # noqa: E402
+from vision.psa import polarized_masks  # noqa: E402
 from vision.rollout import rollout  # noqa: E402
 from vision.sparsifiner import SparsifinerCriterion, connectivity  # noqa: E402
 from vision.tap import ADLCriterion, TokenAwareAveragePooling  # noqa: E402
@@ -115,17 +115,6 @@ def marked(picture: np.ndarray, at: tuple[float, float]) -> np.ndarray:
     cv2.circle(drawn, centre, 8, (0, 0, 0), 4, cv2.LINE_AA)
     cv2.circle(drawn, centre, 8, (255, 255, 255), 2, cv2.LINE_AA)
     return drawn
-
-
-def inputs_of(model: nn.Module, layers: Iterable[nn.Module], image: Tensor) -> list[Tensor]:
-    """What arrives at some layers, in the order in which they run."""
-    arrived: list[Tensor] = []
-    handles = [layer.register_forward_pre_hook(lambda _, args: arrived.append(args[0])) for layer in layers]
-    with torch.no_grad():
-        model(image)
-    for handle in handles:
-        handle.remove()
-    return arrived
 
 
 def sheet(name: str, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
@@ -220,17 +209,13 @@ def ela() -> None:
 def psa() -> None:
     """Spatial masks of a ResNet-18 with the paper's form of the layer."""
     model: Any = taught(timm.create_model("psa_resnet18", num_classes=5, layout="sequential", form="paper"))
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PolarizedSelfAttention)}
     rows = []
     for index in (_CAT, _COFFEE):
         image = photographs()[index, None]
-        arrived = inputs_of(model, layers.values(), image)
-        masks = {
-            name: layer.masks(x).spatial.detach() for (name, layer), x in zip(layers.items(), arrived, strict=True)
-        }
+        masks = polarized_masks(model, image)
         panels = [("photograph", colours(image[0]))]
         for name in ("layer1.1.deattn", "layer2.1.deattn", "layer3.1.deattn"):
-            panels.append((f"spatial mask, {name[:6]}", overlay(image[0], stretched(masks[name][:, 0]))))
+            panels.append((f"spatial mask, {name[:6]}", overlay(image[0], stretched(masks[name].spatial[:, 0]))))
         rows.append(panels)
     sheet("psa", rows)
 
@@ -257,11 +242,13 @@ def tap() -> None:
     """How much each token takes of itself and of the averages around it, in the first block of a TAP-RVT."""
     model: Any = taught(timm.create_model("tap_rvt_tiny", num_classes=5), ADLCriterion())
     pooling = next(m for m in model.modules() if isinstance(m, TokenAwareAveragePooling))
+    shares: list[Tensor] = []
+    pooling.register_forward_pre_hook(lambda _, args: shares.append(pooling.scale_weights(args[0]).detach()))
     rows = []
     for index in (_CAT, _COFFEE):
         image = photographs()[index, None]
-        with torch.no_grad():
-            share = pooling.scale_weights(*inputs_of(model, [pooling], image))  # [1, H, W, num_scales]
+        model(image)
+        share = shares.pop()  # [1, H, W, num_scales]
         panels = [("photograph", colours(image[0]))]
         for scale, text in ((0, "the token itself"), (1, "3x3 around it"), (3, "3x3, three apart")):
             panels.append((text, overlay(image[0], stretched(share[..., scale]))))

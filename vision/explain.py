@@ -55,10 +55,7 @@ def heatmap(
     """
     if method == "auto":
         method = "attention" if isinstance(model, PyramidBackbone) and attention_layers(model) else "activation"
-    if method == "rollout":
-        with _gradients(model, images) as images:
-            return _to_unit(_resize(rollout(model, images), images.shape[-2:]))
-    ways = {"attention": attention_map, "activation": class_activation}
+    ways = {"attention": attention_map, "activation": class_activation, "rollout": _rollout_map}
     if method not in ways:
         raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}.")
     return ways[method](model, images, target)
@@ -92,6 +89,12 @@ def attention_map(model: nn.Module, images: Tensor, target: int | Tensor | None 
         maps = [_received(layer, grad, images.shape[-2:]) for layer, grad in zip(kept, grads, strict=True)]
         return _to_unit(torch.stack(maps).mean(0))
     return _to_unit(_resize(_propagated(model, kept, grads, images), images.shape[-2:]))
+
+
+def _rollout_map(model: nn.Module, images: Tensor, _: int | Tensor | None) -> Tensor:
+    """`vision.rollout.rollout` in evaluation mode, over the images."""
+    with _gradients(model, images) as images:
+        return _to_unit(_resize(rollout(model, images), images.shape[-2:]))
 
 
 def _propagated(model: nn.Module, kept: list[AttentionMap], grads: Sequence[Tensor], images: Tensor) -> Tensor:

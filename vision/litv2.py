@@ -239,10 +239,7 @@ class _ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.dwconv(self.fc1(x))
-        # The widest tensor of the network: in inference it need not be there twice.
-        hidden = gelu(hidden)
-        return self.fc2(hidden)
+        return self.fc2(gelu(self.dwconv(self.fc1(x))))
 
 
 class LITv2Block(nn.Module):

@@ -7,7 +7,7 @@ colours of Cityscapes are those of its label definition (https://www.cityscapes-
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,13 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from vision.pyramid import imagenet_cfg
+
 __all__ = [
     "CITYSCAPES_CLASSES",
     "PixelClass",
     "Segmenter",
+    "cityscapes_cfg",
     "palette",
     "resize_maps",
     "scale_images",
@@ -58,6 +61,25 @@ CITYSCAPES_CLASSES = (
     PixelClass("bicycle", (119, 11, 32)),
 )
 """In the order of the 19 evaluated classes ("train ids"), as published networks number them."""
+
+
+def cityscapes_cfg(weights_name: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    """The `default_cfgs` entry of a network trained on Cityscapes.
+
+    Args:
+        weights_name: the checkpoint's entry in the manifest; None for a network without published weights.
+        **kwargs: `input_size`, `pool_size`, `first_conv`, `classifier`, and what is different.
+    """
+    return imagenet_cfg(
+        weights_name,
+        **{
+            "num_classes": len(CITYSCAPES_CLASSES),
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "label_names": [entry.name for entry in CITYSCAPES_CLASSES],
+            **kwargs,
+        },
+    )
 
 
 def palette(names: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -121,14 +143,24 @@ class Segmenter(nn.Module, ABC):
     def get_classifier(self) -> nn.Module:
         """The last layer, a 1x1 convolution; `nn.Identity` where there is none."""
 
-    @abstractmethod
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Puts a fresh classifier on top.
 
         Args:
             num_classes: 0 removes the classifier.
-            global_pool: as timm's classifiers take it; there is nothing to pool here, so only None and '' are accepted.
+            global_pool: as timm's classifiers take it; there is nothing to pool here.
+
+        Raises:
+            ValueError: a `global_pool` other than None and ''.
         """
+        if global_pool:
+            raise ValueError(f"global_pool={global_pool!r}: each pixel is classified; only None and '' fit.")
+        self.num_classes = num_classes
+        self.set_classifier(num_classes)
+
+    @abstractmethod
+    def set_classifier(self, num_classes: int) -> None:
+        """Puts a fresh classifier on top, none for 0."""
 
     @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -245,6 +277,7 @@ class Segmenter(nn.Module, ABC):
         return segment(images) if self.window is None else sliding_window(segment, images, self.window, self.stride)
 
 
+@torch.fx.wrap
 @register_notrace_function
 def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, with pixel centres that keep their place; the same tensor if it has that size already.
@@ -261,6 +294,7 @@ def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps, (size[0], size[1]), mode="bilinear", align_corners=False)
 
 
+@torch.fx.wrap
 @register_notrace_function
 def scale_images(images: Tensor, scale: float) -> Tensor:
     """Images at another size, at least one pixel: `[B, C, H, W]` to `[B, C, ⌊scale·H⌋, ⌊scale·W⌋]`, bilinear."""

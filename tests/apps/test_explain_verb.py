@@ -156,7 +156,7 @@ def test_where_a_place_attends(run, tmp_path):
         (("--at", "0.5,1"), "--at 0.5,1: expected X,Y as fractions"),
         (("--at", "a,b"), "--at a,b: expected X,Y as fractions"),
         (("--layer", "3"), "give that with --at X,Y"),
-        (("--method", "rise"), "--method rise: expected auto, attention, activation or rollout"),
+        (("--method", "rise"), "--method rise: expected one of auto, attention, activation, rollout"),
         (("--method", "activation", "--at", "0.5,0.5"), "give one of them"),
         (("--at", "0.5,0.5"), "EfficientNet has no attention that can be recorded"),
         (("--method", "attention"), "EfficientNet has no attention to record"),

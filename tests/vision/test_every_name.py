@@ -147,12 +147,9 @@ def test_features_only(name: str):
         assert x.shape == (1, channels, -(-size[0] // reduction), -(-size[1] // reduction))
 
 
-@classifiers
+@pytest.mark.parametrize("name", [n for n in CLASSIFIERS if "hrnet" not in n])  # timm's HRNet has neither
 def test_intermediates_and_pruning(name: str):
     model = meta(name).eval()
-    if not hasattr(model, "forward_intermediates"):
-        assert type(model).__mro__[1].__module__.startswith("timm."), "only where timm's own class has none either"
-        pytest.skip("timm's class has no forward_intermediates")
     x = blank(1, *model.pretrained_cfg["input_size"])
     final, maps = model.forward_intermediates(x)
     assert final.shape == model.forward_features(x).shape
@@ -233,10 +230,8 @@ def test_images_of_a_batch_do_not_see_each_other(name: str):
     torch.testing.assert_close(model(x.flip(0)), alone.flip(0), rtol=1e-3, atol=1e-5)
 
 
-@smallest
+@pytest.mark.parametrize("name", [n for n in SMALLEST if "hrnet" not in n])  # timm's HRNet has none
 def test_stochastic_depth_acts_in_training_alone(name: str):
-    if "hrnet" in name:
-        pytest.skip("timm's HRNet has no stochastic depth")
     model = at_64(name, num_classes=7, drop_path_rate=0.7).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

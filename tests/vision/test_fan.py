@@ -11,13 +11,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import save_for_hf
 from timm.models._features_fx import GraphExtractNet
 from timm.models.xcit import PositionalEncodingFourier
 from torch import Tensor, nn
 
 import vision.inference
-from vision import explain
 from vision.attention import record_attention
 from vision.fan import FAN, ChannelProcessing, FANBlock, LayerNorm2dUnbiased, TokenMixing, segmentation
 from vision.segmentation import segmentation_loss
@@ -253,17 +251,6 @@ def test_drop_path_is_the_same_in_all_blocks():
     assert create("plain", head_init_scale=0.001).head.weight.std() < 0.01 * head
 
 
-@torch.no_grad()
-def test_exports():
-    model = create("hybrid").eval()
-    x = torch.randn(2, 3, 64, 48)
-    expected = model(x)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.testing.assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-5)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
-
-
 @small
 @torch.no_grad()
 def test_symbolic_trace_gives_the_same_bits(kind: str):
@@ -281,37 +268,6 @@ def test_onnx(tmp_path: Path):
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     out: Any = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     np.testing.assert_allclose(out, model(x).numpy(), rtol=1e-3, atol=1e-4)
-
-
-@small
-def test_saved_and_created_again(kind: str, tmp_path: Path):
-    name = "tap_fan_tiny_8_p4_hybrid" if kind == "hybrid" else "tap_fan_tiny_12_p16_224"
-    model = timm.create_model(name, **{**SMALL[kind], "num_classes": 3}).eval()
-    save_for_hf(model, str(tmp_path), safe_serialization=True)
-    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    x = torch.randn(2, 3, 32, 48)
-    with torch.inference_mode():
-        assert torch.equal(again(x), model(x))
-
-
-@torch.no_grad()
-def test_autocast_and_bfloat16():
-    model = create("hybrid").eval()
-    x = torch.randn(2, 3, 64, 64)
-    expected = model(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = model(x)
-    torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.05)
-    torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), expected, rtol=0.1, atol=0.05)
-
-
-def test_where_it_looks():
-    model = create("hybrid").eval()
-    x = torch.randn(2, 3, 64, 96)
-    maps = explain.heatmap(model, x)
-    assert maps.shape == (2, 64, 96) and maps.min() >= 0 and maps.max() == 1
-    row = explain.attended(model, x, (0.1, 0.9), layer="blocks.1.attn")
-    assert row.shape == (2, 64, 96) and row.amax((1, 2)).tolist() == [1, 1]
 
 
 def segmenter(**kwargs: Any) -> Any:

@@ -13,7 +13,6 @@ from timm.models import get_model_input_config, save_for_hf
 from timm.models._features_fx import GraphExtractNet
 from torch import Tensor, nn
 
-from vision import explain
 from vision.attention import record_attention
 from vision.rvt import RVT, PositionAwareAttention, RVTBlock, checkpoint_filter_fn, resize_mask
 
@@ -272,34 +271,12 @@ def test_without_pooling_nothing_pools():
     assert not [n for n, _ in model.named_parameters() if "dilation_predictor" in n]
 
 
-@torch.no_grad()
-def test_exports():
-    model = create("two stages, masks").eval()
-    x = torch.randn(2, 3, 64, 48)
-    expected = model(x)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.testing.assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-5)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
-
-
 @small
 @torch.no_grad()
 def test_symbolic_trace_gives_the_same_bits(kind: str):
     model = create(kind).eval()
     x = torch.randn(1, 3, 64, 48)
     assert torch.equal(GraphExtractNet(model, ["head"])(x), model(x))
-
-
-@torch.no_grad()
-def test_autocast_and_bfloat16():
-    model = create("two stages, masks").eval()
-    x = torch.randn(2, 3, 64, 64)
-    expected = model(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = model(x)
-    torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.05)
-    torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), expected, rtol=0.1, atol=0.05)
 
 
 def test_saved_and_created_again_at_another_size(tmp_path: Path):
@@ -310,11 +287,3 @@ def test_saved_and_created_again_at_another_size(tmp_path: Path):
     x = torch.randn(1, 3, 224, 256)
     with torch.inference_mode():
         assert torch.equal(again(x), model(x))
-
-
-def test_where_it_looks():
-    model = create("two stages, masks").eval()
-    x = torch.randn(2, 3, 64, 96)
-    maps = explain.heatmap(model, x)
-    assert maps.shape == (2, 64, 96) and maps.min() >= 0 and maps.max() == 1
-    assert explain.attended(model, x, (0.5, 0.5)).shape == (2, 64, 96)

@@ -38,8 +38,8 @@ class Pixelwise(Segmenter):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes, self.head = num_classes, nn.Conv2d(3, num_classes, 1)
+    def set_classifier(self, num_classes: int) -> None:
+        self.head = nn.Conv2d(3, num_classes, 1)
 
     def remove_head(self) -> None:
         self.head = nn.Identity()
@@ -96,6 +96,15 @@ def test_forward_gives_logits_at_the_size_of_the_picture(size: tuple[int, int]):
     small = model.forward_head(model.forward_features(x))
     assert torch.equal(model(x), F.interpolate(small, size, mode="bilinear", align_corners=False))
     assert torch.equal(model.predict(x), model(x)), "one scale, no window"
+
+
+def test_reset_classifier():
+    model = Pixelwise()
+    model.reset_classifier(7, "")
+    assert model.num_classes == model.head.out_channels == 7
+    with pytest.raises(ValueError, match="global_pool='avg': each pixel is classified"):
+        model.reset_classifier(3, "avg")
+    assert model.num_classes == 7
 
 
 def test_predict_uses_the_networks_window():

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype, trunc_normal_
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 import weights
 from vision.fan import fan
 from vision.fan.fan import FAN
-from vision.segmentation import CITYSCAPES_CLASSES, Segmenter, resize_maps
+from vision.segmentation import Segmenter, cityscapes_cfg, resize_maps
 
 __all__ = ["FANSegmenter", "MLPHead"]
 
@@ -202,19 +201,7 @@ class FANSegmenter(Segmenter):
     def get_classifier(self) -> nn.Module:
         return self.decode_head.linear_pred
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a fresh classifier on top.
-
-        Args:
-            num_classes: 0 removes the classifier.
-            global_pool: None or '': there is nothing to pool.
-
-        Raises:
-            ValueError: another `global_pool`.
-        """
-        if global_pool:
-            raise ValueError(f"global_pool={global_pool!r}: each pixel is classified; only None and '' fit.")
-        self.num_classes = num_classes
+    def set_classifier(self, num_classes: int) -> None:
         self.decode_head.reset_classifier(num_classes)
 
     def remove_head(self) -> None:
@@ -267,25 +254,16 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return converted
 
 
-def _cfg(weights_name: str | None = None, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": len(CITYSCAPES_CLASSES),
-        "input_size": (3, 1024, 1024),
-        "pool_size": (256, 256),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "backbone.patch_embed.backbone.stem.0",
-        "classifier": "decode_head.linear_pred",
-        "label_names": [entry.name for entry in CITYSCAPES_CLASSES],
-        **(weights.cfg(weights_name) if weights_name else {}),
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs(
-    {"tap_fan_base_16_p4_hybrid_seg.cityscapes": _cfg("tap_fan_base_16_p4_hybrid_seg.cityscapes")}
+    {
+        "tap_fan_base_16_p4_hybrid_seg.cityscapes": cityscapes_cfg(
+            "tap_fan_base_16_p4_hybrid_seg.cityscapes",
+            input_size=(3, 1024, 1024),
+            pool_size=(256, 256),
+            first_conv="backbone.patch_embed.backbone.stem.0",
+            classifier="decode_head.linear_pred",
+        )
+    }
 )
 
 

@@ -12,23 +12,21 @@ What differs from that code:
   throughout.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.hrnet import cfg_cls
 from torch import Tensor, nn
 
 import weights
 from vision.criterion import StepLoss
-from vision.inference import channels_last, is_eager_cpu_inference
+from vision.inference import channels_last, in_parts
 from vision.psa import psa
 from vision.psa.attention import Form, Layout
 from vision.psa.ocr import ObjectContextHead, ScaleAttention, fuse_scales
 from vision.psa.psa import PolarizedHRNet
-from vision.segmentation import CITYSCAPES_CLASSES, Segmenter, resize_maps, scale_images, segmentation_loss
+from vision.segmentation import Segmenter, cityscapes_cfg, resize_maps, scale_images, segmentation_loss
 
 __all__ = ["MultiScaleLoss", "MultiScaleOutput", "PolarizedHRNetOCR", "ScalePrediction"]
 
@@ -132,19 +130,8 @@ class PolarizedHRNetOCR(Segmenter):
     def get_classifier(self) -> nn.Module:
         return self.ocr.cls_head
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a fresh classifier on top, and a fresh first guess of as many classes below it.
-
-        Args:
-            num_classes: 0 removes the classifier and leaves the first guess as it is.
-            global_pool: None or '': there is nothing to pool.
-
-        Raises:
-            ValueError: another `global_pool`.
-        """
-        if global_pool:
-            raise ValueError(f"global_pool={global_pool!r}: each pixel is classified; only None and '' fit.")
-        self.num_classes = num_classes
+    def set_classifier(self, num_classes: int) -> None:
+        """A fresh one, and a fresh first guess of as many classes below it; 0 leaves the first guess as it is."""
         self.ocr.reset_classifier(num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -200,21 +187,13 @@ class PolarizedHRNetOCR(Segmenter):
         if self.scale_attn is None:
             return super().forward_scales(x, scales)
         scales = sorted(scales, reverse=True)
-        return self._in_parts(x, lambda part: self._fused(part, scales))
+        return in_parts(lambda part: self._fused(part, scales), x, _PIXELS_AT_ONCE * x.shape[1], self)
 
     def _fused(self, x: Tensor, scales: Sequence[float]) -> Tensor:
         predictions = [self.predict_scale(x, scale) for scale in scales]
         attention: Any = [prediction.attention for prediction in predictions]
         fused = fuse_scales(scales, [prediction.logits for prediction in predictions], attention)
         return resize_maps(fused, x.shape[-2:])
-
-    def _in_parts(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        """In inference on a CPU a few images at a time, so that maps stay in memory that the process has already."""
-        if is_eager_cpu_inference(x) and not self.training:
-            at_once = max(_PIXELS_AT_ONCE // x[0, 0].numel(), 1)
-            if at_once < len(x):
-                return torch.cat([call(part) for part in x.split(at_once)])
-        return call(x)
 
     def forward_detailed(self, x: Tensor) -> MultiScaleOutput:
         """`forward` with everything that a training objective needs."""
@@ -239,8 +218,7 @@ class PolarizedHRNetOCR(Segmenter):
         if detailed is True:  # a symbolic trace puts something else in its place and gets the ordinary way
             return self.forward_detailed(x)
         if self.scale_attn is None:
-            head = self.forward_head
-            return self._in_parts(x, lambda part: resize_maps(head(self.forward_features(part)), part.shape[-2:]))
+            return in_parts(super().forward, x, _PIXELS_AT_ONCE * x.shape[1], self)
         return self.forward_scales(x, (1.0, self.low_scale))
 
 
@@ -304,20 +282,16 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
 
 
 def _cfg(weights_name: str | None = None, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": len(CITYSCAPES_CLASSES),
-        "input_size": (3, 1024, 2048),
-        "pool_size": (256, 512),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "backbone.conv1",
-        "classifier": ("ocr.cls_head", "ocr.aux_head.2"),
-        "label_names": [entry.name for entry in CITYSCAPES_CLASSES],
-        **(weights.cfg(weights_name) if weights_name else {}),
-        **kwargs,
-    }
+    return cityscapes_cfg(
+        weights_name,
+        **{
+            "input_size": (3, 1024, 2048),
+            "pool_size": (256, 512),
+            "first_conv": "backbone.conv1",
+            "classifier": ("ocr.cls_head", "ocr.aux_head.2"),
+            **kwargs,
+        },
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -361,23 +361,17 @@ def connectivity(model: nn.Module, images: Tensor, query: tuple[int, int]) -> Te
     Raises:
         ValueError: a network without connectivity, or a query outside the grid of patches.
     """
-    grids = [module.key_grid for module in model.modules() if isinstance(module, SparsifinerAttention)]
-    (row, col), (h, w) = query, grids[0] if grids else (0, 0)
-    if grids and not (0 <= row < h and 0 <= col < w):
-        raise ValueError(f"query={query}: expected a row from 0 to {h - 1} and a column from 0 to {w - 1}.")
-    with record_connectivity(model) as layers, torch.no_grad():
+    with record_connectivity(model) as layers:
+        h, w = next(module.key_grid for module in model.modules() if isinstance(module, SparsifinerAttention))
+        row, col = query
+        if not (0 <= row < h and 0 <= col < w):
+            raise ValueError(f"query={query}: expected a row from 0 to {h - 1} and a column from 0 to {w - 1}.")
         training = [module for module in model.modules() if module.training]
-        model.eval()
         try:
-            model(images)
+            with torch.no_grad():
+                model.eval()(images)
         finally:
             for module in training:
                 module.training = True
-    h, w = next(m.key_grid for m in model.modules() if isinstance(m, SparsifinerAttention))
-    row, col = query
-    if not (0 <= row < h and 0 <= col < w):
-        raise ValueError(
-            f"query={query} is outside of the grid of patches; expected row 0 to {h - 1}, column 0 to {w - 1}."
-        )
     masks = torch.stack([layer.mask[:, :, 1 + row * w + col, 1:] for layer in layers], 1)
     return masks.unflatten(-1, (h, w))
