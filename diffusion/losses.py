@@ -158,8 +158,7 @@ def normalize_maps(maps: Tensor, how: Normalization = "max") -> Tensor:
     if how == "min_max":
         maps = maps - maps.amin((1, 2), keepdim=True)
     scale = maps.sum((1, 2), keepdim=True) if how == "sum" else maps.amax((1, 2), keepdim=True)
-    # Dividing a vanished map by a tiny number would give gradients without bounds.
-    return maps / torch.where(scale > torch.finfo(maps.dtype).tiny, scale, 1)
+    return maps / _divisor(scale)
 
 
 def attend_and_excite_loss(maps: Tensor) -> Tensor:
@@ -265,8 +264,9 @@ def conform_loss(
         vectors, labels = torch.cat((vectors, previous.to(maps).flatten(1, 2).mT), 1), labels * 2
     group = torch.tensor(labels, device=maps.device)
     same = group[:, None] == group
+    vectors = vectors / _divisor(vectors.norm(dim=-1, keepdim=True))
     # Not a matrix product, which autocast would do in half precision.
-    similarity = F.cosine_similarity(vectors[:, :, None], vectors[:, None], dim=-1) / temperature  # [B, N, N]
+    similarity = (vectors[:, :, None] * vectors[:, None]).sum(-1) / temperature  # [B, N, N]
     repelled = similarity.masked_fill(same, -torch.inf).logsumexp(-1, keepdim=True)  # [B, N, 1]
     anchor, positive = (same & ~torch.eye(len(labels), dtype=torch.bool, device=maps.device)).nonzero(as_tuple=True)
     losses = F.softplus(repelled - similarity)[:, anchor, positive]
@@ -294,11 +294,15 @@ def _check_indices(indices: Sequence[int], count: int, name: str) -> None:
         raise ValueError(f"{name}: index {bad[0]} is out of range for {count} concepts; indices count from 0.")
 
 
+def _divisor(x: Tensor) -> Tensor:
+    """x, but 1 where x vanishes: dividing by a tiny number gives gradients that overflow in half precision."""
+    return torch.where(x > torch.finfo(x.dtype).tiny, x, 1)
+
+
 def _overlap(a: Tensor, b: Tensor, eps: float) -> Tensor:
     """`[B, H, W, N]` twice → half the soft Dice score of each two maps, `[B, N]`."""
     total = (a + b).sum((1, 2))
-    # Two empty maps: a denominator of eps would give gradients that overflow in half precision.
-    return torch.minimum(a, b).sum((1, 2)) / torch.where(total > 0, total + eps, 1)
+    return torch.minimum(a, b).sum((1, 2)) / (_divisor(total) + eps)
 
 
 def _otsu_thresholds(maps: Tensor) -> Tensor:
