@@ -1,7 +1,7 @@
 """Time and memory of the backbones, against timm's networks and against plain transcriptions of the papers' equations.
 
     python benchmarks/backbones.py                         # pyramids, over swin_tiny: 224 px, batch 1 and 8
-    python benchmarks/backbones.py --group tap             # or sparsifiner, psa; over deit_small: 224 px, batch 8
+    python benchmarks/backbones.py --group tap             # or sparsifiner, psa, layers; over deit_small, batch 8
     python benchmarks/backbones.py --size 384 512 --models biformer_tiny litv2_small
     python benchmarks/backbones.py --memory                # peak resident memory too, a fresh process each
 
@@ -51,9 +51,9 @@ class Group:
     """(name, batch) → the authors' code: fp32, 2 threads, time over the reference at 224 px."""
 
 
-def _over_deit(official: dict[str, float], others: tuple[str, ...] = ()) -> Group:
-    """Networks that are measured over deit_small at batch 8."""
-    by_batch = {(name, 8): ratio for name, ratio in official.items()}
+def _over_deit(official: dict[str, float | None], others: tuple[str, ...] = ()) -> Group:
+    """Networks that are measured over deit_small at batch 8; None where there is no code of the authors' to measure."""
+    by_batch = {(name, 8): ratio for name, ratio in official.items() if ratio}
     return Group("deit_small_patch16_224", tuple(official), others, (8,), transcribed=False, official=by_batch)
 
 
@@ -98,6 +98,16 @@ GROUPS = {
         }
     ),
     "psa": _over_deit({"psa_hrnet_w48_ocr": 8.7}),
+    "layers": _over_deit(
+        {
+            "ela_resnet50": None,
+            "ela_mobilenetv2_100": None,
+            "psa_resnet50": None,
+            "psa_hrnet_w48": None,
+            "dcal_deit_small_patch16_224": None,
+        },
+        others=("resnet50", "mobilenetv2_100", "hrnet_w48"),
+    ),
 }
 # What a network must be built with to be what the authors measured.
 BUILT_WITH: dict[str, dict[str, Any]] = {"psa_hrnet_w48_ocr": {"layout": "sequential", "multi_scale": False}}

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/methods/: docs/images/<method>.png.
+"""Draws the pictures of docs/methods/: docs/images/<method>.jpg.
 
     python docs/pictures.py                # all, some minutes
     python docs/pictures.py biformer psa   # some
@@ -130,7 +130,7 @@ def sheet(name: str, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
             draw.text((left + 2, top + 2), text, fill="black", font=font)
             page.paste(Image.fromarray(panel), (left, top + title))
     IMAGES.mkdir(exist_ok=True)
-    page.quantize(256).save(IMAGES / f"{name}.png", optimize=True)
+    page.save(IMAGES / f"{name}.jpg", quality=88, optimize=True)
 
 
 _CAT, _COFFEE = (next(i for i, path in enumerate(SAMPLES) if path.stem == stem) for stem in ("cat", "coffee"))
@@ -273,7 +273,7 @@ def main() -> None:
     for name in parser.parse_args().methods or PICTURES:
         torch.manual_seed(0)
         PICTURES[name]()
-        print(f"docs/images/{name}.png")
+        print(f"docs/images/{name}.jpg")
 
 
 if __name__ == "__main__":

@@ -138,6 +138,14 @@ Bound by the 3x3 convolutions of the backbone, nearly four fifths of the time. T
 costs; the head applies its weights before maps are resized.
 """,
     ),
+    (
+        "layers",
+        "ELA, PSA and DCAL in networks of timm's",
+        """
+The layers beside the networks that they stand in. ELA reads and writes its map a few times more and is bound by memory;
+DCAL's second classifier needs the class row of one more block.
+""",
+    ),
 )
 
 
