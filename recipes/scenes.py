@@ -41,7 +41,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (45, 80, 210),
     "purple": (165, 55, 185),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "heart")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "heart")
 
 _SUPERSAMPLING = 8  # edges are drawn this much finer, then averaged
 _DIAMETERS = (0.34, 0.44)  # of what `sample_scene` places, in fractions of the shorter side
@@ -121,9 +121,8 @@ def _outline(shape: str) -> np.ndarray:
         x, y = np.array([-1, 1, 1, -1]), np.array([-1, -1, 1, 1])
     elif shape == "triangle":
         x, y = np.array([-1, 0, 1]), np.array([1, -1, 1])
-    elif shape == "star":
-        turn, radius = np.linspace(0, 2 * np.pi, 10, endpoint=False), np.tile([1, 0.42], 5)
-        x, y = radius * np.sin(turn), -radius * np.cos(turn)
+    elif shape == "diamond":
+        x, y = np.array([0, 1, 0, -1]), np.array([-1, 0, 1, 0])
     elif shape == "cross":
         x = np.array([-1, 1, 1, 3, 3, 1, 1, -1, -1, -3, -3, -1])
         y = np.array([-3, -3, -1, -1, 1, 1, 3, 3, 1, 1, -1, -1])
@@ -242,15 +241,29 @@ def _colour_of_pixels(picture: np.ndarray) -> np.ndarray:
     return np.where((saturation >= _MIN_SATURATION) & (value >= _MIN_VALUE), distance.argmin(-1), -1)
 
 
-def _best_shape(mask: np.ndarray) -> tuple[str, float]:
-    """The shape that fits a mask `[H, W]`, cropped to its box, best, and its intersection over union."""
-    height, width = mask.shape
+def _softness(picture: np.ndarray, colours: np.ndarray, index: int) -> np.ndarray:
+    """How far each pixel is on the way from the ground to a colour: `[H, W]` in [0, 1], 0 on objects of others."""
+    plain = colours < 0
+    ground = np.median(picture[plain], axis=0) if plain.any() else np.full(3, 255.0)
+    way = np.array(list(COLOURS.values())[index]) - ground
+    share = np.clip((picture - ground) @ way / (way @ way), 0, 1)
+    return np.where(plain | (colours == index), share, 0)
+
+
+def _best_shape(share: np.ndarray, box: tuple[int, int, int, int]) -> tuple[str, float]:
+    """The shape that fits what is in a box `xyxy` best, and its (soft) intersection over union with it.
+
+    A soft edge makes pointed shapes look smaller than they are, so boxes up to a pixel larger are tried too.
+    """
+    left, top = max(box[0] - 1, 0), max(box[1] - 1, 0)
+    seen = share[top : box[3] + 1, left : box[2] + 1]
     ious = {}
-    for shape in SHAPES:
-        ideal = _coverage(shape, (0, 0, width, height), (height, width)) > 0.5
-        ious[shape] = float((mask & ideal).sum() / (mask | ideal).sum())
+    for shape, more in itertools.product(SHAPES, (0.0, 0.5, 1.0)):
+        around = (box[0] - left - more, box[1] - top - more, box[2] - left + more, box[3] - top + more)
+        ideal = _coverage(shape, around, seen.shape)
+        ious[shape, more] = float(np.minimum(seen, ideal).sum() / np.maximum(seen, ideal).sum())
     best = max(ious, key=ious.__getitem__)
-    return best, ious[best]
+    return best[0], ious[best]
 
 
 def detect(picture: np.ndarray) -> list[Found]:
@@ -271,13 +284,15 @@ def detect(picture: np.ndarray) -> list[Found]:
     found = []
     for index, colour in enumerate(COLOURS):
         count, labels, stats, _ = cv2.connectedComponentsWithStats((colours == index).astype(np.uint8), connectivity=4)
+        share = _softness(picture, colours, index)
         for label in range(1, count):
             left, top, width, height, area = map(int, stats[label])
             if area < _MIN_AREA * colours.size:
                 continue
-            shape, score = _best_shape(labels[top : top + height, left : left + width] == label)
+            box = (left, top, left + width, top + height)
+            shape, score = _best_shape(share, box)
             if score >= _MIN_SCORE:
-                found.append(Found(f"{colour} {shape}", (left, top, left + width, top + height), score))
+                found.append(Found(f"{colour} {shape}", box, score))
     return sorted(found, key=lambda f: -f.score)
 
 
