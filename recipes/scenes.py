@@ -283,7 +283,7 @@ def detect(picture: np.ndarray) -> list[Found]:
     colours = _colour_of_pixels(picture)
     found = []
     for index, colour in enumerate(COLOURS):
-        count, labels, stats, _ = cv2.connectedComponentsWithStats((colours == index).astype(np.uint8), connectivity=4)
+        count, _, stats, _ = cv2.connectedComponentsWithStats((colours == index).astype(np.uint8), connectivity=4)
         share = _softness(picture, colours, index)
         for label in range(1, count):
             left, top, width, height, area = map(int, stats[label])
