@@ -178,7 +178,8 @@ def _panel(
     draw = ImageDraw.Draw(page)
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     for tick in ticks:
-        draw.text((left - 7, height_of(tick)), f"{tick:.{decimals}f}", _FAINT, _font(12), "rm")
+        label = f"{tick:.{decimals}f}" if decimals < 5 else f"{tick:.0e}"
+        draw.text((left - 7, height_of(tick)), label, _FAINT, _font(12), "rm")
     draw.line((left, 14, left + 20, 14), colour, 3)
     title = f"{name.replace('_', ' ')} loss" + ("" if np.isfinite(values).any() else " (not evaluated)")
     draw.text((left + 27, 19), title, _INK, _font(), "ls")

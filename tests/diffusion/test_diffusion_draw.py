@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_rows_are_subjects_and_columns_are_steps():
             corners[step, k] = difference(original, attention_grid(after, tile=120))
     for k in range(2):
         lefts = [corners[step, k][0] for step in range(5)]
-        assert all(b - a > 100 for a, b in zip(lefts, lefts[1:], strict=False))
+        assert all(b - a > 100 for a, b in pairwise(lefts))
     assert all(corners[step, 1][1] > corners[step, 0][3] - 10 for step in range(5))
 
 
@@ -117,7 +118,7 @@ def test_all_maps_share_one_scale_so_that_fading_is_seen():
         maps[step] = maps[0] / maps[0].amax() * (1 - 0.25 * step)
     page = np.asarray(attention_grid(fading, tile=100).convert("HSV"), dtype=float)[-90:, 132 : 132 + 4 * 106, 1]
     colour = [page[:, 106 * step : 106 * step + 100].sum() for step in range(4)]
-    assert all(a > 1.1 * b for a, b in zip(colour, colour[1:], strict=False))
+    assert all(a > 1.1 * b for a, b in pairwise(colour))
 
 
 def test_heat_lies_where_the_map_is_high_and_leaves_the_rest_alone():
@@ -211,7 +212,7 @@ def test_ticks_are_round_and_enclose_the_values(low: float, high: float):
     step = ticks[1] - ticks[0]
     leading = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert min(abs(leading - digit) for digit in (1, 2, 5)) < 1e-6
-    assert all((b - a) == pytest.approx(step) for a, b in zip(ticks, ticks[1:], strict=False))
+    assert all((b - a) == pytest.approx(step) for a, b in pairwise(ticks))
     assert low < 0 or ticks[0] >= 0
 
 
@@ -219,6 +220,22 @@ def test_ticks_are_round_and_enclose_the_values(low: float, high: float):
 def test_steps_are_marked_from_the_first_to_the_last(steps: int):
     marks = _step_ticks(steps)
     assert marks[0] == 1 and marks[-1] == steps and marks == sorted(set(marks)) and len(marks) <= 12
+
+
+def test_what_a_pipeline_returns_is_drawn(pipe):
+    output = pipe(
+        ["a cat and a dog", "a red fire truck on a box, two cats"],
+        subjects=[["cat", "dog"], ["truck", "box", "cat"]],
+        num_inference_steps=3,
+        height=32,
+        width=32,
+        return_attention=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+    two, three = attention_grid(output), attention_grid(output, 1)
+    # A row for each subject of its own prompt.
+    assert three.height - two.height == 128 + 6
+    assert count(two, BLUE) > 100 and count(two, VERMILLION) > 100
 
 
 def test_a_result_without_maps_says_how_to_have_them():
