@@ -19,7 +19,7 @@ _INK, _FAINT, _GRID = (34, 34, 34), (110, 110, 110), (226, 226, 226)
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _CURVES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 _MARGIN, _GAP, _TEXT = 16, 6, 15
-_LABELS, _BAR = 116, 52  # widths beside the maps: of the subjects' names, of the scale
+_NAME, _BAR = 200, 52  # widths beside the maps: of the subjects' names at most, of the scale
 _TOP = (432, 288)  # the most that the image takes
 _PLOT = (420, 96)  # the least that a curve takes
 
@@ -40,7 +40,8 @@ def attention_grid(result: AStarPipelineOutput, index: int = 0, *, columns: int 
 
     Above, the generated image and the losses over all steps. Below, a row for each subject: its maps at some steps,
     evenly spaced from the first to the last, over the grey image, with the largest value of each in its corner. All
-    maps share one scale of colours, so that a subject that fades is seen to fade.
+    maps share one scale of colours, so that a subject that fades is seen to fade. Names are written in Pillow's own
+    font, which has the letters of English only.
 
     Args:
         result: what a pipeline returned when it was called with `return_attention=True`.
@@ -95,8 +96,9 @@ def _map_rows(sample: _Sample, columns: int, tile: int) -> Image.Image:
     steps = np.unique(np.linspace(0, len(sample.maps) - 1, columns).round().astype(int))
     grey = np.asarray(_fitted(sample.image, tile, tile).convert("L").convert("RGB"))
     height, width = grey.shape[:2]
-    top, left = _TEXT + 4 * _GAP, _MARGIN + _LABELS
-    rows = len(sample.subjects)
+    names = [_shortened(subject, _NAME) for subject in sample.subjects]
+    top, left = _TEXT + 4 * _GAP, _MARGIN + math.ceil(max(map(_font().getlength, names))) + 2 * _GAP
+    rows = len(names)
     size = (left + len(steps) * (width + _GAP) + _BAR + _MARGIN, top + rows * (height + _GAP) + _MARGIN)
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
@@ -110,9 +112,8 @@ def _map_rows(sample: _Sample, columns: int, tile: int) -> Image.Image:
             page.paste(Image.fromarray(_heat(grey, values / (largest or 1))), (x, y))
             corner = (x + width - 5, y + height - 4)
             draw.text(corner, f"{values.max():.2f}", "white", _font(12), "rs", stroke_width=2, stroke_fill=_INK)
-    for row, subject in enumerate(sample.subjects):
-        middle = top + row * (height + _GAP) + height / 2
-        draw.text((left - 2 * _GAP, middle), _shortened(subject, _LABELS - 2 * _GAP), _INK, _font(), "rm")
+    for row, name in enumerate(names):
+        draw.text((left - 2 * _GAP, top + row * (height + _GAP) + height / 2), name, _INK, _font(), "rm")
     _draw_scale(page, left + len(steps) * (width + _GAP) + _GAP, top, height, largest)
     return page
 
@@ -178,7 +179,7 @@ def _panel(
     draw = ImageDraw.Draw(page)
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     for tick in ticks:
-        label = f"{tick:.{decimals}f}" if decimals < 5 else f"{tick:.0e}"
+        label = f"{tick:.{decimals}f}" if decimals < 5 else f"{tick:.2g}"
         draw.text((left - 7, height_of(tick)), label, _FAINT, _font(12), "rm")
     draw.line((left, 14, left + 20, 14), colour, 3)
     title = f"{name.replace('_', ' ')} loss" + ("" if np.isfinite(values).any() else " (not evaluated)")
