@@ -9,6 +9,7 @@ A `Scene` is a description without pixels, in fractions of the picture, so that 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,9 +49,9 @@ _DIAMETERS = (0.34, 0.44)  # of what `sample_scene` places, in fractions of the 
 _GAP = 0.04  # between the boxes of two objects, and between a box and the picture's edge
 _GROUNDS = (205, 240)  # grey levels
 
-# What the detector takes for an object: saturation and value of its pixels, its area as a fraction of the picture, and
-# the intersection over union with the best-fitting shape.
-_MIN_SATURATION, _MIN_VALUE, _MIN_AREA, _MIN_SCORE = 0.35, 0.2, 0.012, 0.6
+# What the detector takes for an object: saturation and value of its pixels, its area as a fraction of the picture, the
+# ratio of its sides, and the intersection over union with the best-fitting shape.
+_MIN_SATURATION, _MIN_VALUE, _MIN_AREA, _MAX_ASPECT, _MIN_SCORE = 0.35, 0.2, 0.012, 1.6, 0.6
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def sample_scene(rng: np.random.Generator, names: Sequence[str]) -> Scene:
 
     Args:
         rng: Where chance comes from.
-        names: Colour and noun of each object; up to three always find room.
+        names: Colour and noun of each object; one or two find room at once, three after a while, more may not.
 
     Returns:
         The scene, its objects in the order of `names`.
@@ -250,20 +251,35 @@ def _softness(picture: np.ndarray, colours: np.ndarray, index: int) -> np.ndarra
     return np.where(plain | (colours == index), share, 0)
 
 
-def _best_shape(share: np.ndarray, box: tuple[int, int, int, int]) -> tuple[str, float]:
-    """The shape that fits what is in a box `xyxy` best, and its (soft) intersection over union with it.
+@functools.lru_cache(maxsize=2048)
+def _ideal(shape: str, width: int, height: int, more: float) -> np.ndarray:
+    """A shape in a box with a rim of one pixel, reaching `more` pixels into the rim: `[height + 2, width + 2]`."""
+    box = (1 - more, 1 - more, width + 1 + more, height + 1 + more)
+    return _coverage(shape, box, (height + 2, width + 2))
 
-    A soft edge makes pointed shapes look smaller than they are, so boxes up to a pixel larger are tried too.
+
+def _best_shape(share: np.ndarray) -> tuple[str, float]:
+    """The shape that fits a region with a rim of one pixel best, and its (soft) intersection over union with it.
+
+    A soft edge makes pointed shapes look smaller than they are, so sizes up to a pixel larger are tried too.
     """
-    left, top = max(box[0] - 1, 0), max(box[1] - 1, 0)
-    seen = share[top : box[3] + 1, left : box[2] + 1]
+    height, width = share.shape[0] - 2, share.shape[1] - 2
     ious = {}
     for shape, more in itertools.product(SHAPES, (0.0, 0.5, 1.0)):
-        around = (box[0] - left - more, box[1] - top - more, box[2] - left + more, box[3] - top + more)
-        ideal = _coverage(shape, around, seen.shape)
-        ious[shape, more] = float(np.minimum(seen, ideal).sum() / np.maximum(seen, ideal).sum())
+        ideal = _ideal(shape, width, height, more)
+        ious[shape, more] = float(np.minimum(share, ideal).sum() / np.maximum(share, ideal).sum())
     best = max(ious, key=ious.__getitem__)
     return best[0], ious[best]
+
+
+def _regions(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Connected parts of a mask `[H, W]` that have the area and the proportions of an object: left, top, width, height."""
+    _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    return [
+        (left, top, width, height)
+        for left, top, width, height, area in stats[1:].tolist()
+        if area >= _MIN_AREA * mask.size and max(width, height) <= _MAX_ASPECT * min(width, height)
+    ]
 
 
 def detect(picture: np.ndarray) -> list[Found]:
@@ -283,16 +299,13 @@ def detect(picture: np.ndarray) -> list[Found]:
     colours = _colour_of_pixels(picture)
     found = []
     for index, colour in enumerate(COLOURS):
-        count, _, stats, _ = cv2.connectedComponentsWithStats((colours == index).astype(np.uint8), connectivity=4)
-        share = _softness(picture, colours, index)
-        for label in range(1, count):
-            left, top, width, height, area = map(int, stats[label])
-            if area < _MIN_AREA * colours.size:
-                continue
-            box = (left, top, left + width, top + height)
-            shape, score = _best_shape(share, box)
+        if not (regions := _regions(colours == index)):
+            continue
+        share = np.pad(_softness(picture, colours, index), 1)
+        for left, top, width, height in regions:
+            shape, score = _best_shape(share[top : top + height + 2, left : left + width + 2])
             if score >= _MIN_SCORE:
-                found.append(Found(f"{colour} {shape}", box, score))
+                found.append(Found(f"{colour} {shape}", (left, top, left + width, top + height), score))
     return sorted(found, key=lambda f: -f.score)
 
 
@@ -339,7 +352,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    scenes = [sample_scene(rng, rng.choice(names, 1 + n % 2)) for n in range(args.num)]
+    scenes = [sample_scene(rng, list(rng.choice(names, 1 + n % 2))) for n in range(args.num)]
     errors = detector_errors([draw(s, args.size) for s in scenes], scenes)
     print(f"{args.num} pictures, {errors.objects} objects: {errors.misses} missed, {errors.false_alarms} false alarms")
 
