@@ -1,6 +1,7 @@
 """Attention guidance for diffusers pipelines: A-STAR and the losses that people compare it with."""
 
-from diffusion import attention_maps, guidance, losses, pipelines
+from diffusion import attention_maps, draw, guidance, losses, pipelines
+from diffusion.draw import attention_grid
 from diffusion.guidance import Guidance, guide
 from diffusion.pipelines import (
     AStarPipelineOutput,
@@ -13,7 +14,9 @@ __all__ = [
     "AStarStableDiffusionPipeline",
     "AStarStableDiffusionXLPipeline",
     "Guidance",
+    "attention_grid",
     "attention_maps",
+    "draw",
     "guidance",
     "guide",
     "losses",

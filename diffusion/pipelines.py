@@ -16,6 +16,7 @@ latent. Without subjects, or with all weights 0, its pictures are the parent's b
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,6 +125,12 @@ class _AttentionGuided:
         if isinstance(output, tuple):
             return (*output, *_stacked(trace)) if return_attention else output
         return self._output(output, concepts, trace if return_attention else None)
+
+    def to_json_string(self) -> str:
+        """The configuration under the parent's name: what is saved can be loaded without this package."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config["_class_name"] = next(base.__name__ for base in type(self).__mro__ if base.__module__ != __name__)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @staticmethod
     def _refuse_without_subjects(*given: Any) -> None:
@@ -278,9 +285,9 @@ def _place(subject: str, place: Place, size: tuple[int, int] | None) -> Tensor:
     if size is None:
         raise ValueError("a layout needs the size of the picture: size=(height, width)")
     if isinstance(place, Image.Image):
-        place = np.asarray(place.convert("L"))
-    if isinstance(place, (np.ndarray, Tensor)) and np.ndim(place) != 1:
-        mask = torch.as_tensor(place).detach().cpu()
+        place = np.array(place.convert("L"))
+    if isinstance(place, (np.ndarray, Tensor)) and place.ndim != 1:
+        mask = torch.tensor(place) if isinstance(place, np.ndarray) else place.detach().cpu()
         if tuple(mask.shape) != tuple(size):
             raise ValueError(
                 f"the mask of {subject!r} has shape {tuple(mask.shape)}; it must be the picture's "

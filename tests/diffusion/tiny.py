@@ -17,8 +17,14 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WORDS = ["a", "and", "the", "on", "cat", "cats", "dog", "fire", "truck", "box", "boxes", "red", "blue", "black", "two"]
-PIECES = ["ele", "phant"]  # "elephant" is two pieces
 LENGTH = 20
+UNSAFE = {"requires_safety_checker": False}
+"""What keeps a pipeline without a safety checker from warning of it."""
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
@@ -27,8 +33,8 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     vocab = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges: list[str] = []
 
-    def learn(word: str, end: str) -> None:
-        pieces = [*word[:-1], f"{word[-1]}{end}"]
+    for word in sorted(WORDS, key=len, reverse=True):  # a merge of a short word must not come first in a long one
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:
             merge = f"{pieces[0]} {pieces[1]}"
             pieces = [pieces[0] + pieces[1], *pieces[2:]]
@@ -36,11 +42,6 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
                 merges.append(merge)
             if pieces[0] not in vocab:
                 vocab.append(pieces[0])
-
-    for word in sorted(WORDS, key=len, reverse=True):
-        learn(word, "</w>")
-    learn(PIECES[0], "")
-    learn(PIECES[1], "</w>")
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
@@ -119,33 +120,30 @@ def stable_diffusion(folder: Path, **changes: Any) -> StableDiffusionPipeline:
         "scheduler": scheduler(),
         "safety_checker": None,
         "feature_extractor": None,
-        "requires_safety_checker": False,
     }
-    pipe = StableDiffusionPipeline(**{**parts, **changes})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(StableDiffusionPipeline(**{**parts, **changes}, **UNSAFE))
 
 
 def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
     words = tokenizer(folder)
     torch.manual_seed(2)
     pooled = text_config(words, projection_dim=32)
-    pipe = StableDiffusionXLPipeline(
-        vae=autoencoder(),
-        text_encoder=CLIPTextModel(text_config(words)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(pooled).eval(),
-        tokenizer=words,
-        tokenizer_2=words,
-        unet=unet(
-            cross_attention_dim=64,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 32,
-            transformer_layers_per_block=(1, 2),
-        ),
-        scheduler=scheduler(),
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
+    return quiet(
+        StableDiffusionXLPipeline(
+            vae=autoencoder(),
+            text_encoder=CLIPTextModel(text_config(words)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(pooled).eval(),
+            tokenizer=words,
+            tokenizer_2=words,
+            unet=unet(
+                cross_attention_dim=64,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 32,
+                transformer_layers_per_block=(1, 2),
+            ),
+            scheduler=scheduler(),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
+        )
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
