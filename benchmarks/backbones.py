@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +32,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torchvision.ops import deform_conv2d  # noqa: E402
 
+from benchmarks.machine import peak_mb, processor  # noqa: E402
 from vision import biformer, litv2  # noqa: E402
 
 
@@ -242,9 +241,7 @@ def _measure_memory(name: str, size: int, batch: int) -> None:
                     model(images)
             else:
                 model(images)
-    # Not getrusage's maximum, which a child inherits from the process that started it.
-    status = Path("/proc/self/status").read_text()
-    print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+    print(peak_mb())
 
 
 def main() -> None:
@@ -276,19 +273,10 @@ def main() -> None:
                 rows.append(row)
                 print("  ".join(f"{key} {value}" for key, value in row.items() if value is not None), flush=True)
     if args.json:
-        machine = {"cpu": _cpu(), "threads": args.threads, "torch": torch.__version__, "timm": timm.__version__}
+        machine = {"cpu": processor(), "threads": args.threads, "torch": torch.__version__, "timm": timm.__version__}
         command = "python benchmarks/backbones.py" + (f" --group {args.group}" if args.group != "pyramids" else "")
         report = {"command": command, "reference": group.reference, **machine, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1))
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":
