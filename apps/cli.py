@@ -24,7 +24,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="attnsuite",
-    help="Published vision attention, ready to use: label, embed, explain, segment images; list models; keep weights.",
+    help="Published attention, ready to use: label, embed, explain, segment and generate images; list models; keep "
+    "weights.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -258,6 +259,128 @@ def segment(
             {"size": size, "scales": scales, "opacity": opacity},
         )
         _finish(summary, as_json)
+
+
+@app.command(cls=opt.SeveralSubjects)
+def generate(
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.", show_default=False)
+    ],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)] = None,
+    subjects: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--subjects", "-s", metavar="WORD…", help="Words of the prompt to keep apart and keep.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first picture; 0.", show_default=False)] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures, of this seed and the next ones.")] = 1,
+    compare: Annotated[bool, typer.Option("--compare", help="Beside each the plain pipeline's picture.")] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="PNG", help="Repeat this picture; options that are given change it.", show_default=False
+        ),
+    ] = None,
+    losses: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=W,…",
+            help="segregation, retention, attend_and_excite, divide_and_bind, conform; segregation=1,retention=1.",
+            rich_help_panel="How to guide",
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='File with places: {"circle": [0, 0, 0.5, 1], "square": "mask.png"}.',
+            rich_help_panel="How to guide",
+            show_default=False,
+        ),
+    ] = None,
+    guidance_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps that are guided; all.", rich_help_panel="How to guide", show_default=False),
+    ] = None,
+    step_size: Annotated[
+        float | None,
+        typer.Option(help="How far the latent is moved; 20.", rich_help_panel="How to guide", show_default=False),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to draw.", rich_help_panel="How to sample", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Of the sampler; as suits the model.", rich_help_panel="How to sample", show_default=False),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Of the prompt; as suits the model.", rich_help_panel="How to sample", show_default=False),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(help="In pixels; the model's own.", rich_help_panel="How to sample", show_default=False),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="In pixels; the model's own.", rich_help_panel="How to sample", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A folder in diffusers' layout or OWNER/NAME on the hub; a small one ships.",
+            rich_help_panel="Which model",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, float16, bfloat16; float16 on a GPU.", rich_help_panel="Which model", show_default=False
+        ),
+    ] = None,
+    save_maps: Annotated[
+        bool,
+        typer.Option(
+            "--save-maps", help="Also attention maps and losses: .npz, drawn.", rich_help_panel="What to write"
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Rows as JSON lines on stdout.", rich_help_panel="What to write")
+    ] = False,
+    resume: opt.Resume = True,
+    overwrite: opt.Overwrite = False,
+    threads: opt.Threads = None,
+    device: opt.Device = "auto",
+    debug: opt.Debug = False,
+) -> None:
+    """Text to images in which each subject of the prompt has a place of its own (A-STAR).
+
+    Example: attnsuite generate "a red circle and a blue square" --subjects circle square -o out --compare
+    """
+    with _guarded(debug):
+        from .generate.settings import read_layout, read_losses, read_subjects
+
+        named = {
+            "prompt": prompt, "seed": seed, "guidance_steps": guidance_steps, "step_size": step_size,
+            "negative_prompt": negative_prompt, "steps": steps, "guidance_scale": guidance_scale, "height": height,
+            "width": width, "model": model, "dtype": dtype,
+            "subjects": read_subjects(subjects) if subjects else None,
+            "losses": None if losses is None else read_losses(losses),
+            "layout": None if layout is None else read_layout(layout),
+        }  # fmt: skip
+        from .generate.run import Options
+        from .generate.run import generate as draw
+
+        given = {name: value for name, value in named.items() if value is not None}
+        options = Options(
+            output, given, num_images, compare, save_maps, source, device, threads, as_json, resume, overwrite
+        )
+        raise typer.Exit(1 if draw(options) else 0)
 
 
 @app.command()

@@ -35,6 +35,7 @@ __all__ = [
     "RowTable",
     "RowText",
     "RunReport",
+    "StepBar",
     "print_checkpoints",
     "print_models",
     "print_summary",
@@ -252,3 +253,35 @@ class FetchBar:
                 stderr.print(f"fetching {self._name}")
             self._task = self._progress.add_task(self._name, total=total)
         self._progress.update(self._task, completed=received, total=total)
+
+
+class StepBar:
+    """A bar over the steps of all pictures that are generated, on stderr while it is a terminal."""
+
+    def __init__(self, pictures: int, steps: int) -> None:
+        self._pictures, self._steps = pictures, steps
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=stderr,
+            disable=not stderr.is_terminal,
+        )
+        self._task: Any = self._progress.add_task("", total=pictures * steps)
+
+    def __enter__(self) -> StepBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def begin(self, picture: int, name: str) -> None:
+        """The picture of that number, from 0, is begun; those before it are done."""
+        description = f"{name} ({picture + 1} of {self._pictures})"
+        self._progress.update(self._task, description=description, completed=picture * self._steps)
+
+    def step(self) -> None:
+        """One step more is done."""
+        self._progress.advance(self._task)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
     from torch import nn
 
     import weights
@@ -29,8 +30,10 @@ __all__ = [
     "ModelChoice",
     "Network",
     "ResolvedModel",
+    "digest",
     "label_names",
     "load",
+    "require_hub",
     "resolve",
 ]
 
@@ -228,7 +231,7 @@ def _published(choice: ModelChoice, architecture: str, tag: str) -> ResolvedMode
 
 def _with_checkpoint(choice: ModelChoice, name: str) -> ResolvedModel:
     path = Path(str(choice.checkpoint))
-    return ResolvedModel(choice, "checkpoint", f"{name} ({path.name})", f"sha256 {_digest([path])}")
+    return ResolvedModel(choice, "checkpoint", f"{name} ({path.name})", f"sha256 {digest([path])}")
 
 
 def _resolve_folder(choice: ModelChoice, folder: Path) -> ResolvedModel:
@@ -245,10 +248,11 @@ def _resolve_folder(choice: ModelChoice, folder: Path) -> ResolvedModel:
     files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     if not files:
         raise UsageError(f"{folder} holds no weights (model.safetensors or pytorch_model.bin)")
-    return ResolvedModel(choice, "folder", f"{architecture} ({folder.name})", f"sha256 {_digest([config, *files])}")
+    return ResolvedModel(choice, "folder", f"{architecture} ({folder.name})", f"sha256 {digest([config, *files])}")
 
 
-def _digest(files: Sequence[Path]) -> str:
+def digest(files: Sequence[Path]) -> str:
+    """The sha256 of what files hold, one after the other."""
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:
@@ -342,7 +346,7 @@ def _load_hub(resolved: ResolvedModel) -> nn.Module:
 
     repository = resolved.choice.name.partition(":")[2]
     if _cached(repository, ("config.json",)) is None:
-        _require_hub(repository, resolved.label)
+        require_hub(repository, resolved.label)
     try:
         return timm.create_model(resolved.choice.name, pretrained=True)
     except (RuntimeError, OSError, KeyError, ValueError, TypeError) as error:
@@ -359,7 +363,7 @@ def _load_timm(resolved: ResolvedModel) -> nn.Module:
         files = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
         cached = _cached(config.hf_hub_id, files)
         if cached is None:
-            _require_hub(config.hf_hub_id, resolved.label)
+            require_hub(config.hf_hub_id, resolved.label)
         elif not config.custom_load:
             overlay = {"file": cached}  # the hub client would first wait for a network that may not be there
     try:
@@ -376,18 +380,30 @@ def _cached(repository: str, files: Sequence[str]) -> str | None:
     return next((path for path in found if isinstance(path, str)), None)
 
 
-def _require_hub(repository: str, label: str) -> None:
-    """Asks once, with a short wait, whether the hub has a repository; the hub client would retry for a minute."""
+def require_hub(repository: str, label: str, remedy: str = _NO_WEIGHTS) -> ModelInfo:
+    """Asks once, with a short wait, whether the hub has a repository; the hub client would retry for a minute.
+
+    Args:
+        repository: `OWNER/NAME` or `OWNER/NAME@REVISION`.
+        label: What the user calls the model.
+        remedy: What there is to do without the hub.
+
+    Returns:
+        What the hub says of it: its commit, its files.
+
+    Raises:
+        UsageError: It does not answer, or has none of that name.
+    """
     from huggingface_hub import HfApi
 
     name, _, revision = repository.partition("@")
     try:
-        HfApi().model_info(name, revision=revision or None, timeout=10)
+        return HfApi().model_info(name, revision=revision or None, timeout=10)
     except Exception as error:  # the client passes on whatever its HTTP library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(
             f"the weights of {label} are not on this machine, and huggingface.co/{name} did not answer "
-            f"({reason[0]}): connect to the network, or {_NO_WEIGHTS}"
+            f"({reason[0]}): connect to the network, or {remedy}"
         ) from error
 
 

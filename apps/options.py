@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 __all__ = [
     "Amp",
@@ -23,6 +24,7 @@ __all__ = [
     "RandomWeights",
     "Recursive",
     "Resume",
+    "SeveralSubjects",
     "Threads",
     "Workers",
 ]
@@ -123,3 +125,37 @@ Compile = Annotated[
 ]
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class SeveralSubjects(TyperCommand):
+    """A command whose `--subjects` takes all words up to the next option, as in `--subjects circle square -o out`.
+
+    Where no argument is left to be the prompt, and no `--from` brings one, the last of these words is.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeats the option before each of its words, which is how the parser takes several."""
+        spread: list[str] = []
+        last: int | None = None  # of the words that may be the prompt
+        rest, options = args, True
+        while rest:
+            word, *rest = rest
+            spread.append(word)
+            options = options and word != "--"
+            if not options or word not in ("--subjects", "-s") or not rest:
+                continue
+            count = next((i for i, following in enumerate(rest[1:], 1) if following.startswith("-")), len(rest))
+            words, rest = rest[:count], rest[count:]
+            spread.append(words[0])
+            for following in words[1:]:
+                last = len(spread)
+                spread += [word, following]
+        if last is not None and not self._has_prompt(ctx, spread):
+            del spread[last]
+        return super().parse_args(ctx, spread)
+
+    def _has_prompt(self, ctx: Any, args: list[str]) -> bool:
+        if ctx.resilient_parsing or "--help" in args or "-h" in args:
+            return True
+        given, rest, _ = self.make_parser(ctx).parse_args(args=list(args))
+        return bool(given.get("prompt")) or bool(rest) or "source" in given

@@ -6,7 +6,7 @@ The ground floor of the suite: it imports nothing else of ours, and torch only w
 from .checkpoint import differences, load_state_dict, save_state_dict
 from .manifest import Entry, WeightsError, entries, entry
 from .pretrained import build_model, cfg, state_dict_for
-from .store import fetch, home, import_file, path_of, verify
+from .store import fetch, home, import_file, path_of, shipped, verify
 
 __all__ = [
     "Entry",
@@ -22,6 +22,7 @@ __all__ = [
     "load_state_dict",
     "path_of",
     "save_state_dict",
+    "shipped",
     "state_dict_for",
     "verify",
 ]

@@ -27,7 +27,7 @@ from .checkpoint import load_state_dict, save_state_dict
 from .download import Progress, download
 from .manifest import Entry, WeightsError, entry
 
-__all__ = ["fetch", "home", "import_file", "path_of", "verify"]
+__all__ = ["fetch", "home", "import_file", "path_of", "shipped", "verify"]
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +56,21 @@ def path_of(name: str) -> Path | None:
     e = entry(name)
     path = _package_file(e) if e.source == "package" else home() / e.name / _FILE
     return path if path is not None and path.is_file() else None
+
+
+def shipped(name: str) -> Path:
+    """The folder of a model that comes with this package.
+
+    Args:
+        name: Name of the folder, such as `text_to_scene`.
+
+    Raises:
+        WeightsError: There is none of that name.
+    """
+    folder = Path(__file__).with_name(name)
+    if not folder.is_dir():
+        raise WeightsError(f"the model {name} is not part of this installation: reinstall attnsuite with its weights")
+    return folder
 
 
 def fetch(name: str, *, progress: Progress | None = None, force: bool = False) -> Path:
