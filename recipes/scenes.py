@@ -31,6 +31,7 @@ __all__ = [
     "draw",
     "masks",
     "sample_scene",
+    "shows",
 ]
 
 # sRGB; the hues are at least 40° apart, which is what the detector goes by
@@ -273,7 +274,7 @@ def _best_shape(share: np.ndarray) -> tuple[str, float]:
 
 
 def _regions(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Connected parts of a mask `[H, W]` that have the area and the proportions of an object: left, top, width, height."""
+    """Connected parts of a mask `[H, W]`, sized as objects are: left, top, width, height."""
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
     return [
         (left, top, width, height)
@@ -307,6 +308,11 @@ def detect(picture: np.ndarray) -> list[Found]:
             if score >= _MIN_SCORE:
                 found.append(Found(f"{colour} {shape}", (left, top, left + width, top + height), score))
     return sorted(found, key=lambda f: -f.score)
+
+
+def shows(picture: np.ndarray, names: Sequence[str]) -> bool:
+    """Whether every one of the named objects is found in a picture `[H, W, 3]`, uint8."""
+    return set(names) <= {found.name for found in detect(picture)}
 
 
 @dataclass(frozen=True)
