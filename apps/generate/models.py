@@ -144,15 +144,18 @@ def load(model: Model, device: torch.device, dtype: str) -> Pipeline:
             model.folder,
             use_safetensors=True,
             local_files_only=True,
-            torch_dtype=getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             variant=model.variant,
         )
+        if pipe.dtype != getattr(torch, dtype):  # of a diffusers that does not take `dtype` yet
+            pipe.to(getattr(torch, dtype))
+        pipe.to(device)
     except broken as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UsageError(f"{model.name} cannot be loaded: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def unknown_words(pipe: Pipeline, prompt: str) -> tuple[list[str], list[str]]:
