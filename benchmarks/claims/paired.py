@@ -82,14 +82,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(difference: float, p: float, *, level: float = 0.05) -> Verdict:
+def verdict(difference: float, p: float, *, least: float = 0.0, level: float = 0.05) -> Verdict:
     """What a comparison says about the claim that the difference is above 0.
 
     Args:
         difference: As measured, in the direction of the claim.
         p: Adjusted for the number of claims.
+        least: Smaller differences say nothing, however sure they are.
         level: From which p upwards nothing is said.
     """
-    if p >= level or difference == 0:
+    if p >= level or abs(difference) <= least:
         return "not shown at this scale"
     return "shown" if difference > 0 else "contradicted"
