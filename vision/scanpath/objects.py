@@ -23,7 +23,7 @@ from vision.scanpath.pairs import as_array, checked_points
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Box", "Objects", "Proposal", "RegularGrid", "propose", "read_objects"]
+__all__ = ["Box", "Objects", "Proposal", "RegularGrid", "load_json", "propose", "read_objects"]
 
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower, in pixels of the picture."""
@@ -258,10 +258,7 @@ def read_objects(path: str | Path, size: tuple[int, int] | None = None, image: s
         with path.open(encoding="utf-8-sig", newline="") as file:
             records: Any = list(csv.DictReader(file))
     elif path.suffix.lower() == ".json":
-        try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from error
+        records = load_json(path)
     else:
         raise ValueError(f"{path}: expected a name that ends in .csv or .json.")
     if isinstance(records, Mapping) and {"images", "annotations"} <= set(records):
@@ -273,6 +270,19 @@ def read_objects(path: str | Path, size: tuple[int, int] | None = None, image: s
         raise ValueError(f"{path} does not tell the picture's size; give size=(width, height).")
     boxes, labels = zip(*(_record(record, f"{path}, box {n}") for n, record in enumerate(records)), strict=True)
     return Objects(np.array(boxes), size, labels=None if None in labels else labels)
+
+
+def load_json(path: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def _coco_records(
