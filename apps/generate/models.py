@@ -34,6 +34,7 @@ _PIPELINES = {
     "StableDiffusionXLPipeline": "AStarStableDiffusionXLPipeline",
     "AStarStableDiffusionXLPipeline": "AStarStableDiffusionXLPipeline",
 }
+_WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker", "image_encoder")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _READ = (".json", ".txt", ".model", ".safetensors")
 
@@ -99,15 +100,16 @@ def _on_hub(name: str, may_fetch: bool) -> Model:
     files: dict[str, Any] = {"revision": revision or None, "use_safetensors": True}
     try:
         folder = DiffusionPipeline.download(repository, local_files_only=True, **files)
-    except (OSError, ValueError) as error:
-        if not may_fetch:
-            raise UsageError(
-                f"the picture names the model {name}, which is not on this machine; if you want it fetched from "
-                f"huggingface.co, say so: --model {name}"
-            ) from error
-        folder = _fetched(name, files)
-    commit = Path(folder).name
-    return _described(f"{repository}@{commit}", Path(folder), identity=f"commit {commit}")
+        here = not _without_weights(Path(folder))
+    except (OSError, ValueError):
+        folder, here = None, False
+    if not here and not may_fetch:
+        raise UsageError(
+            f"the picture names the model {name}, which is not on this machine; if you want it fetched from "
+            f"huggingface.co, say so: --model {name}"
+        )
+    found = Path(folder if here and folder else _fetched(name, files))  # a fetch that was cut off goes on
+    return _described(f"{repository}@{found.name}", found, identity=f"commit {found.name}")
 
 
 def _fetched(name: str, files: dict[str, Any]) -> Any:
@@ -175,18 +177,37 @@ def _described(name: str, folder: Path, defaults: dict[str, Any] | None = None, 
         raise UsageError(f"--model {name}: {folder} holds no model_index.json, as diffusers' save_pretrained writes it")
     pipeline = _pipeline_class(index, name)
     files = sorted(file for file in folder.glob("*/*") if file.suffix in (*_READ, *_PICKLES) and file.is_file())
-    for part in sorted({file.parent for file in files if file.suffix in _PICKLES}):
-        if not any(file.parent == part and file.suffix == ".safetensors" for file in files):
+    for part in _without_weights(folder):
+        if any(file.parent.name == part and file.suffix in _PICKLES for file in files):
             raise UsageError(
-                f"{name} has the weights of {part.name} as a pickle only, which can run code when it is read; only "
+                f"{name} has the weights of {part} as a pickle only, which can run code when it is read; only "
                 "safetensors are. If you trust it, convert it once: DiffusionPipeline.from_pretrained(FOLDER, "
                 "use_safetensors=False).save_pretrained(NEW_FOLDER)"
             )
+        raise UsageError(
+            f"{name} lacks the weights of {part}: {folder / part} holds no safetensors, or not all of them"
+        )
     weights_of_unet = [file.name for file in files if file.parent.name == "unet" and file.suffix == ".safetensors"]
     variant = "fp16" if weights_of_unet and all(".fp16" in file for file in weights_of_unet) else None
     if identity is None:
         identity = f"sha256 {digest([index, *(file for file in files if file.suffix in _READ)])}"
     return Model(name, folder, pipeline, identity, variant, defaults or {})
+
+
+def _without_weights(folder: Path) -> list[str]:
+    """The parts that `model_index.json` names and whose weights are not in the folder, or not all of them."""
+    named = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    lacking = []
+    for part in _WITH_WEIGHTS:
+        if not isinstance(named, dict) or not isinstance(named.get(part), list) or named[part][0] is None:
+            continue
+        files = {file.name for file in (folder / part).glob("*.safetensors")}
+        wanted: set[str] = set()
+        for index in (folder / part).glob("*.safetensors.index.json"):
+            wanted.update(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not files or (files <= wanted and files != wanted):  # besides shards there may be all in one file
+            lacking.append(part)
+    return lacking
 
 
 def _pipeline_class(index: Path, name: str) -> str:

@@ -368,7 +368,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "another pipeline": ((*OK, "--model", "flux"), "it works for StableDiffusionPipeline"),
     "pickles": ((*OK, "--model", "pickles"), "use_safetensors=False).save_pretrained"),
     "broken weights": ((*OK, "--model", "broken"), "broken cannot be loaded"),
-    "half a model": ((*OK, "--model", "half"), "half cannot be loaded"),
+    "half a model": ((*OK, "--model", "half"), "half lacks the weights of unet"),
     "no cross-attention": ((*OK, "--model", "other"), "no cross-attention layer"),
     "hub out of reach": ((*OK, "--model", "some/model"), "did not answer"),
 }
@@ -450,6 +450,44 @@ def test_changed_files_of_the_model_are_noticed_and_can_be_meant(generate, zoo, 
     assert "the files of own are not those that drew" in refused.stderr
     meant = generate("--from", "out/a-cat-and-a-dog-0.png", "-o", "again", model="own")
     assert "own is not the model that drew" in meant.stderr and os.listdir("again")
+
+
+def test_a_model_in_the_cache_of_the_hub_is_known_by_its_commit(generate, zoo, tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    cached = tmp_path / "hub/models--some--model"
+    shutil.copytree(zoo / "sd", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    generate(PROMPT, *SUBJECTS, "-o", "out", *FAST, model="some/model")
+    said = said_by("out/a-cat-and-a-dog-0.png")
+    assert said["settings"]["model"] == f"some/model@{commit}" and said["model_digest"] == f"commit {commit}"
+    assert "in every pixel" in generate("--from", "out/a-cat-and-a-dog-0.png", "-o", "again", model=None).stderr
+    (cached / "snapshots" / commit / "unet/diffusion_pytorch_model.safetensors").unlink()  # as when it is cut off
+    assert "did not answer" in generate(*OK, "--overwrite", model="some/model", code=2).stderr
+    gone = generate("--from", "out/a-cat-and-a-dog-0.png", "-o", "again", model=None, code=2)
+    assert f"say so: --model some/model@{commit}" in gone.stderr
+
+
+def test_a_full_disk_leaves_no_half_of_a_picture(generate):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        done = generate(*OK, code=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "error: cannot write" in done.stderr and "the same command goes on" in done.stderr
+    assert os.listdir("out") == []
+    generate(*OK)
+
+
+@pytest.mark.skipif(not (ROOT / "weights/text_to_scene").is_dir(), reason="the model that ships is not in this tree")
+def test_the_model_that_ships_says_what_it_knows(generate):
+    done = generate("a red circle and a blue zebra", "-s", "circle", "zebra", "-o", "out", *FAST, model=None)
+    assert "text_to_scene, the model that ships, was trained on drawn scenes of 32 x 32 pixels" in done.stderr
+    assert "circle" in done.stderr and "it does not know zebra" in done.stderr
+    said = said_by("out/a-red-circle-and-a-blue-zebra-0.png")["settings"]
+    assert (said["model"], said["guidance_scale"], said["height"]) == ("text_to_scene", 3.0, 32)
 
 
 def test_no_permission_to_write(run, tmp_path):
