@@ -27,6 +27,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from typer.testing import CliRunner
 
 import diffusion
+import weights
 from apps.cli import app
 from apps.errors import UsageError
 from apps.generate import models, record
@@ -444,8 +445,8 @@ def test_settings_that_are_no_json(generate, text):
 def test_changed_files_of_the_model_are_noticed_and_can_be_meant(generate, zoo, tmp_path):
     shutil.copytree(zoo / "sd", "own")
     generate(PROMPT, *SUBJECTS, "-o", "out", *FAST, model="own")
-    weights = Path("own/unet/diffusion_pytorch_model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    file = Path("own/unet/diffusion_pytorch_model.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
     refused = generate("--from", "out/a-cat-and-a-dog-0.png", "-o", "again", model=None, code=2)
     assert "the files of own are not those that drew" in refused.stderr
     meant = generate("--from", "out/a-cat-and-a-dog-0.png", "-o", "again", model="own")
@@ -519,3 +520,8 @@ def test_weights_of_losses_are_read():
     for text in ("", "=1", "segregation,segregation", "segregation=1=2", "segregation=inf"):
         with pytest.raises(UsageError, match="--losses"):
             read_losses(text)
+
+
+def test_a_model_that_should_ship_and_does_not_is_named():
+    with pytest.raises(weights.WeightsError, match="no_such_model is not part of this installation"):
+        weights.shipped("no_such_model")
