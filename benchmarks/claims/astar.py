@@ -67,12 +67,12 @@ from diffusion.losses import retention_loss, retention_masks, segregation_loss
 from diffusion.pipelines import find_concepts
 from recipes.scenes import caption, detect
 from recipes.text_to_scene import HELD_OUT_PAIRS, SEEN_PAIRS
+from recipes.text_to_scene_card import GUIDANCE_SCALE, SAMPLING_STEPS
 
 __all__ = ["GRID", "METHODS", "PAIRS", "Setting", "Tried", "best", "digests", "draw", "measure", "report", "sweep"]
 
 MODEL = Path(__file__).resolve().parents[2] / "weights" / "text_to_scene"
 COMMAND = "python -m benchmarks.claims.astar"
-STEPS, GUIDANCE_SCALE = 15, 3.0
 PAIRS = {"seen": SEEN_PAIRS, "held out": HELD_OUT_PAIRS}
 # Pictures, and the seed of the first; each picture has a seed of its own.
 SCREENING, RUN_OFF, RUN_OFF_SETTINGS = (24, 0), (96, 5_000), 3
@@ -86,7 +86,7 @@ METHODS: dict[str, dict[str, float]] = {
     "retention": {"retention": 1.0},
     "A-STAR": {"segregation": 1.0, "retention": 1.0},
 }
-REFINEMENT = {0: 0.05, round(0.2 * STEPS): 0.5, round(0.4 * STEPS): 0.8}
+REFINEMENT = {0: 0.05, round(0.2 * SAMPLING_STEPS): 0.5, round(0.4 * SAMPLING_STEPS): 0.8}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Setting:
             own = {"keep_padding": True, "refinement": REFINEMENT if self.extra else {}}
         else:
             own = {"normalize": "max" if self.extra else "none"}
-        steps = None if self.all_steps else (STEPS + 1) // 2
+        steps = None if self.all_steps else (SAMPLING_STEPS + 1) // 2
         return Guidance(losses=METHODS[self.method], step_size=self.step_size, steps=steps, **own)
 
     def __str__(self) -> str:
@@ -156,7 +156,7 @@ def _arguments(setting: Setting, batch: Sequence[Picture]) -> dict[str, Any]:
     return {
         "prompt": [caption(p.names) for p in batch],
         "generator": [torch.Generator().manual_seed(p.seed) for p in batch],
-        "num_inference_steps": STEPS,
+        "num_inference_steps": SAMPLING_STEPS,
         "guidance_scale": GUIDANCE_SCALE,
         "output_type": "np",
         **guided,
@@ -321,7 +321,8 @@ def report(
         paper="Agarwal et al., ICCV 2023, arXiv 2306.14544",
         command=COMMAND,
         protocol=(
-            "The small text-to-image model of `weights/text_to_scene`, 15 DDIM steps, guidance scale 3; prompts with "
+            f"The small text-to-image model of `weights/text_to_scene`, {SAMPLING_STEPS} DDIM steps, guidance scale "
+            f"{GUIDANCE_SCALE:g}; prompts with "
             "two objects, which a detector looks for. Every guided method chose among 20 settings on development "
             "seeds; all drew the same fresh seeds. Attend-and-Excite is ours, equal to diffusers' pipeline to 1e-5. "
             "Overlap (segregation loss) and retention (loss of one subject) are means over the steps, and better if "
