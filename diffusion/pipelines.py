@@ -172,8 +172,8 @@ class _AttentionGuided:
         pipe: Any = self
         if pipe.unet.dtype == torch.float16 and pipe._execution_device.type == "cpu":
             raise ValueError(
-                "guidance in float16 on a CPU is neither fast nor precise enough for a gradient: load the pipeline "
-                "with torch_dtype=torch.float32 (or torch.bfloat16), or move it to a GPU"
+                "guidance in float16 on a CPU is neither fast nor precise enough for a gradient: convert the pipeline, "
+                "pipe.to(torch.float32) or pipe.to(torch.bfloat16), or move it to a GPU"
             )
 
     @staticmethod

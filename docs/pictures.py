@@ -30,6 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 import attnsuite  # noqa: E402, F401 - registers the models
 import weights  # noqa: E402
+from diffusion import AStarPipelineOutput, AStarStableDiffusionPipeline, attention_grid  # noqa: E402
+from recipes.scenes import caption, shows  # noqa: E402
+from recipes.text_to_scene_card import GUIDANCE_SCALE, SAMPLING_STEPS  # noqa: E402
 from vision.attention import attention_layers  # noqa: E402
 from vision.dcal import DCALCriterion  # noqa: E402
 from vision.ela import ela_maps, insert  # noqa: E402
@@ -256,6 +259,32 @@ def tap() -> None:
     sheet("tap", rows)
 
 
+def astar() -> None:
+    """A prompt with two objects, drawn without guidance and with it from the same noise; the maps of both."""
+    pipe: Any = AStarStableDiffusionPipeline.from_pretrained(weights.shipped("text_to_scene"))
+    pipe.set_progress_bar_config(disable=True)
+    names = ("red circle", "blue square")
+    prompt, subjects = caption(names), [name.split()[-1] for name in names]
+
+    def drawn(seed: int, losses: dict[str, float]) -> AStarPipelineOutput:
+        settings = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE_SCALE, "return_attention": True}
+        noise = torch.Generator().manual_seed(seed)
+        return pipe(prompt, subjects=subjects, losses=losses, generator=noise, **settings)
+
+    for seed in range(1000):  # the first at which the plain picture lacks an object and the guided one has both
+        plain, guided = drawn(seed, {"segregation": 0, "retention": 0}), drawn(seed, {"segregation": 1, "retention": 1})
+        if shows(np.asarray(guided.images[0]), names) and not shows(np.asarray(plain.images[0]), names):
+            break
+    for result in (plain, guided):
+        result.images = [image.resize((288, 288), Image.Resampling.NEAREST) for image in result.images]
+    grids = [attention_grid(result, columns=6, tile=112) for result in (plain, guided)]
+    page = Image.new("RGB", (max(g.width for g in grids), sum(g.height for g in grids)), "white")
+    page.paste(grids[0], (0, 0))
+    page.paste(grids[1], (0, grids[0].height))
+    page.save(IMAGES / "astar.jpg", quality=88, optimize=True)
+    print(f"seed {seed}")
+
+
 PICTURES: dict[str, Callable[[], None]] = {
     "biformer": biformer,
     "litv2": litv2,
@@ -264,6 +293,7 @@ PICTURES: dict[str, Callable[[], None]] = {
     "psa": psa,
     "dcal": dcal,
     "tap": tap,
+    "astar": astar,
 }
 
 
