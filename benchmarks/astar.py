@@ -90,7 +90,7 @@ def sd15() -> StableDiffusionPipeline:
 
 def shipped() -> StableDiffusionPipeline:
     """The small model that ships, 32 pixels."""
-    return StableDiffusionPipeline.from_pretrained(ROOT / "weights" / "text_to_scene").to(torch.float32)
+    return StableDiffusionPipeline.from_pretrained(ROOT / "weights" / "text_to_scene", dtype=torch.float32)
 
 
 MODELS: dict[str, Callable[[], StableDiffusionPipeline]] = {"shipped": shipped, "sd15": sd15}

@@ -145,7 +145,7 @@ def pictures(pairs: str, number: int, first_seed: int) -> list[Picture]:
 
 def load(folder: Path) -> AStarStableDiffusionPipeline:
     """The pipeline, in float32, though it is stored in half precision."""
-    pipe = AStarStableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    pipe = AStarStableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
