@@ -122,8 +122,8 @@ pipeline_tag: text-to-image
 ---
 # text_to_scene
 
-A Stable Diffusion pipeline in small: {parameters:.1f} M parameters, {SIZE} x {SIZE} pixels, six objects ({objects})
-on a plain ground, alone or two at a time. With it, what guidance of cross-attention does can be seen on any machine and
+A Stable Diffusion pipeline in small: {parameters:.1f} M parameters, {SIZE} x {SIZE} pixels. Its world is {objects},
+alone or two at a time, on a plain ground. With it, what guidance of cross-attention does can be seen on any machine and
 without a download: as large models do, it knows each object alone, and of a prompt with two it often draws one.
 
 ```python
@@ -146,7 +146,7 @@ pipe("a red circle and a blue square", num_inference_steps={SAMPLING_STEPS}, gui
   CPU thread: {AUTOENCODER_STEPS} steps of the autoencoder, {DENOISER_STEPS} of UNet and text encoder (velocity
   prediction; cross-attention is taught where the objects are). Few scenes with two objects and an early end are meant:
   they leave something to guide.
-- **Limits**: it knows the words of its six objects, "a" and "and". Other text is taken, and means nothing to it.
+- **Limits**: it knows the words of its objects, "a" and "and". Other text is taken, and means nothing to it.
 - **Licence**: Apache-2.0. No data of others was used.
 """
 
