@@ -7,3 +7,7 @@ A fixation is `(x, y)` in pixels of its picture, from the upper left corner. An 
 objects of its picture. A scanpath is the sequence of fixations of one search, `[T, 2]`, or of the objects they fell on,
 `[T]`.
 """
+
+from vision.scanpath import datasets, draw, metrics, objects
+
+__all__ = ["datasets", "draw", "metrics", "objects"]

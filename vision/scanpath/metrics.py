@@ -294,7 +294,7 @@ def behaviour(
     starts = np.diff(visits, prepend=-1) != 0
     first = np.zeros(len(ids), bool)
     first[np.unique(visits, return_index=True)[1]] = True
-    for name, kind in (("search", starts & first), ("refixation", ~starts), ("revisit", starts & ~first)):
+    for name, kind in (("search", first), ("refixation", ~starts), ("revisit", starts & ~first)):
         shares = np.bincount(which[kind], minlength=len(paths))[filled] / lengths[filled]
         result[name] = float(shares.mean()) if len(shares) else float("nan")
     return result

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 __all__ = ["Pairs", "as_array", "checked_points", "joined", "listed", "paired"]
 
@@ -159,5 +160,8 @@ def checked_points(path: Any, what: str) -> np.ndarray:
 
 
 def as_array(value: Any) -> Any:
-    """Tensors of any device as arrays; all else as it is."""
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    """Tensors of any device and dtype as arrays; all else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.double() if value.is_floating_point() else value).numpy()  # NumPy knows no bfloat16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,13 @@ def test_next_object_equals_torch_and_ignores_padding():
     assert found["probability"] == pytest.approx(chosen.mean().item(), rel=1e-5)
 
 
+def test_next_object_takes_half_precision():
+    logits = torch.randn(40, 85)
+    came = torch.randint(85, (40,))
+    half = next_object(logits.log_softmax(-1).bfloat16(), came)
+    assert half["nats"] == pytest.approx(next_object(logits.log_softmax(-1), came)["nats"], rel=0.01)
+
+
 # --- many, one, none --------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +222,22 @@ def test_results_do_not_depend_on_the_company(rng: np.random.Generator, monkeypa
     np.testing.assert_array_equal(sequence_score(a, b), score)
     for name, values in multimatch(points_a, points_b, (6, 14)).items():
         np.testing.assert_array_equal(values, places[name])
+
+
+def test_many_pairs_together_cost_a_fraction_of_one_by_one(rng: np.random.Generator):
+    a, b = (rng.integers(84, size=(120, 15)).tolist() for _ in range(2))
+    for metric in (
+        sequence_score,
+        fixation_edit_distance,
+        lambda x, y: scanmatch(x, y, CELLS),
+        lambda x, y: multimatch(CELLS[np.array(x)], CELLS[np.array(y)], (6, 14))["vector"],
+    ):
+        start = time.process_time()
+        together = metric(a, b)
+        middle = time.process_time()
+        one_by_one = [metric(x, y) for x, y in zip(a, b, strict=True)]
+        assert middle - start < (time.process_time() - middle) / 4
+        np.testing.assert_allclose(together, one_by_one, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor, lambda ids: np.array(ids, np.uint8)])

@@ -35,7 +35,8 @@ def objects() -> Objects:
     ("fixation", "expected", "why"),
     [
         ((5, 19), 0, "inside one box"),
-        ((20, 20), 0, "on its corner"),
+        ((90, 50), 1, "on its lower right corner, though the centres of others are nearer"),
+        ((30, 0), 1, "on its upper left corner, though the centre of another is nearer"),
         ((35, 45), 1, "inside the large box only"),
         ((42, 12), 2, "inside the large box and a small one: the smaller"),
         ((52, 22), 2, "inside two of one size and the large one: the nearer centre, (50, 20)"),
