@@ -200,16 +200,16 @@ class _Sheet:
         top = _TITLE if self.names else 0
         page = Image.new("RGB", ((width + _GAP) * len(self.paths) - _GAP, height + top), "white")
         for n, path in enumerate(self.paths):
-            shown = path if counts is None else path[: counts[n]]
+            shown = len(path) if counts is None else counts[n]
             colour, left = _COLOURS[n % len(_COLOURS)], n * (width + _GAP)
-            page.paste(self._panel(shown, len(path), colour), (left, top))
+            page.paste(self._panel(path, shown, colour), (left, top))
             if self.names:
-                title = f"{self.names[n]}: {len(shown)} fixation{'' if len(shown) == 1 else 's'}"
+                title = f"{self.names[n]}: {shown} fixation{'' if shown == 1 else 's'}"
                 ImageDraw.Draw(page).text((left + 2, top / 2), title, colour, _font(16), "lm")
         return page
 
-    def _panel(self, path: np.ndarray, whole: int, colour: tuple[int, int, int]) -> Image.Image:
-        stops, order = _stops(path * (self.scale, self.scale, 1), max(self.base.size) / 40, whole)
+    def _panel(self, path: np.ndarray, shown: int, colour: tuple[int, int, int]) -> Image.Image:
+        stops, order = _stops(path * (self.scale, self.scale, 1), shown, max(self.base.size) / 40)
         layer = Image.new("RGBA", (self.base.width * _FINE, self.base.height * _FINE))
         draw = ImageDraw.Draw(layer)
         for before, after in pairwise(order):
@@ -220,21 +220,21 @@ class _Sheet:
         return Image.alpha_composite(self.base.convert("RGBA"), layer).convert("RGB")
 
 
-def _stops(path: np.ndarray, radius: float, whole: int) -> tuple[list[_Stop], list[int]]:
+def _stops(path: np.ndarray, shown: int, radius: float) -> tuple[list[_Stop], list[int]]:
     """The places of a scanpath, and the order in which they were visited, stays apart.
 
     Args:
         path: x, y, duration, `[T, 3]`, in pixels of the panel.
-        radius: of an ordinary circle.
-        whole: fixations that there will be in the end; many make circles smaller.
+        shown: how many fixations there are so far; circles are as large as if all were there.
+        radius: of an ordinary circle, where there are not too many.
     """
-    radius *= min(1.0, math.sqrt(_CROWDED / max(whole, 1)))
+    radius *= min(1.0, math.sqrt(_CROWDED / max(len(path), 1)))
     durations = path[:, 2]
     timed = len(path) > 0 and not np.isnan(durations).any()
     dwell = durations / np.median(durations) if timed else np.ones(len(path))
     places: dict[tuple[float, float], list[int]] = {}
     order: list[int] = []
-    for n, (x, y) in enumerate(path[:, :2].round(1).tolist()):
+    for n, (x, y) in enumerate(path[:shown, :2].round(1).tolist()):
         places.setdefault((x, y), []).append(n)
         place = list(places).index((x, y))
         if not order or order[-1] != place:

@@ -297,8 +297,8 @@ def test_the_covers_of_the_real_data_lie_on_the_grid_that_their_targets_tell(sti
     assert len(set(targets)) > 40
 
 
-def test_people_of_the_real_data_behave_as_the_specification_measured(sti: Path):
-    """The human row of its table: on the test pictures, each person foretold by the five others."""
+def test_people_of_the_real_data_are_as_alike_as_was_measured_elsewhere(sti: Path):
+    """On the test pictures, each person foretold by the five others; figures of another implementation."""
     data = read_sti(sti / "Amazon.json")
     split = json.loads((sti / "split.json").read_text())
     parts = split_by_image(data, {name: split[name] for name in ("train", "val", "test")})

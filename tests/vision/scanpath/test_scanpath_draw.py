@@ -76,17 +76,24 @@ def test_arrows_join_the_fixations_in_order(plain: Image.Image):
 
 def test_area_is_in_proportion_to_duration():
     path = np.array([[10, 10, 0.2], [100, 10, 0.4], [200, 10, 0.2]])
-    stops, order = _stops(path, radius=10, whole=3)
+    stops, order = _stops(path, 3, radius=10)
     assert [stop.radius for stop in stops] == pytest.approx([10, 10 * math.sqrt(2), 10])
     assert order == [0, 1, 2]
-    extreme, _ = _stops(np.array([[0, 0, 1], [9, 9, 1], [50, 50, 100]], float), radius=10, whole=3)
+    extreme, _ = _stops(np.array([[0, 0, 1], [9, 9, 1], [50, 50, 100]], float), 3, radius=10)
     assert extreme[2].radius == 25
+
+
+def test_circles_keep_their_size_while_a_film_goes_on():
+    path = np.array([[10, 10, 0.2], [100, 10, 0.8], [200, 10, 0.4]])
+    whole, _ = _stops(path, 3, radius=10)
+    for shown in range(4):
+        assert _stops(path, shown, radius=10)[0] == whole[:shown]
 
 
 def test_fixations_on_one_place_share_a_circle_with_all_numbers():
     nan = math.nan
     path = np.array([[5, 5, nan], [50, 5, nan], [50, 5, nan], [50, 5, nan], [5, 5, nan]])
-    stops, order = _stops(path, radius=10, whole=5)
+    stops, order = _stops(path, 5, radius=10)
     assert [stop.label for stop in stops] == ["1,5", "2-4"] and order == [0, 1, 0]
     assert [stop.radius for stop in stops] == pytest.approx([10 * math.sqrt(2), 10 * math.sqrt(3)])
 
@@ -97,7 +104,7 @@ def test_numbers_are_written_as_ranges():
 
 def test_many_fixations_get_smaller_circles():
     path = np.column_stack((np.arange(80) * 9, np.zeros(80), np.full(80, math.nan)))
-    stops, _ = _stops(path.astype(float), radius=10, whole=80)
+    stops, _ = _stops(path.astype(float), 80, radius=10)
     assert {round(stop.radius, 6) for stop in stops} == {5}
 
 
