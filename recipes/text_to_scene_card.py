@@ -166,7 +166,7 @@ def card(pipe: Any, num: int, minutes: float) -> str:
         "objects": ", ".join(OBJECTS),
         "held_out": "; ".join(" and ".join(pair) for pair in HELD_OUT_PAIRS),
         "rows": "\n".join(f"| {kind} | {rate} |" for kind, rate in rates(pipe, num).items()),
-        "errors": errors_after_autoencoder(pipe.vae),
+        "errors": errors_after_autoencoder(pipe.vae, num),
         "focus": focus(pipe),
         "minutes": minutes,
     }
