@@ -128,7 +128,7 @@ def test_a_few_steps_lower_both_losses_of_the_denoiser(untrained: Any, monkeypat
     monkeypatch.setattr(recipe, "NUM_SCENES", 32)
     untrained.vae.register_to_config(scaling_factor=1.0)
     before = losses_of_denoiser(untrained)
-    recipe.train_denoiser(untrained, steps=12)
+    recipe.train_denoiser(untrained, steps=8)
     after = losses_of_denoiser(untrained)
     assert after.isfinite().all()
     assert (after < before).all(), f"{before.tolist()} -> {after.tolist()}"
@@ -145,8 +145,8 @@ def test_the_shipped_folder_is_small_and_holds_only_safetensors():
 def test_the_shipped_model_loads_plainly_in_one_precision(shipped: Any):
     assert {shipped.unet.dtype, shipped.vae.dtype, shipped.text_encoder.dtype} == {torch.float32}
     assert shipped.safety_checker is None and shipped.feature_extractor is None
-    tokens = shipped.tokenizer.tokenize("a purple cross and a cyan heart")
-    assert len(tokens) == 7
+    for name in recipe.OBJECTS:
+        assert shipped.tokenizer.tokenize(caption([name])) == [f"{word}</w>" for word in ("a", *name.split())]
 
 
 def test_the_shipped_model_draws_at_its_own_size(shipped: Any):
@@ -162,7 +162,7 @@ def test_objects_are_still_found_after_the_shipped_autoencoder(shipped: Any):
 
 
 def test_the_shipped_model_knows_every_object_alone(shipped: Any):
-    names = [(name,) for name in recipe.OBJECTS] * 2
+    names = [(name,) for name in recipe.OBJECTS] * 3
     pictures = generate(shipped, [caption(own) for own in names], range(len(names)))
     assert sum(map(shows, pictures, names)) >= 10
 
