@@ -1,4 +1,4 @@
-"""Where people look when they search: object-level scanpaths, how to read, compare and draw them.
+"""Where people look when they search: object-level scanpaths, how to predict, read, compare and draw them.
 
 Paper: "Oat: Object-Level Attention Transformer for Gaze Scanpath Prediction", Fang et al., ECCV 2024,
 https://arxiv.org/abs/2407.13335.
@@ -8,6 +8,6 @@ objects of its picture. A scanpath is the sequence of fixations of one search, `
 `[T]`.
 """
 
-from vision.scanpath import datasets, draw, metrics, objects
+from vision.scanpath import appearance, datasets, decoding, draw, metrics, model, objects, positions, scenes
 
-__all__ = ["datasets", "draw", "metrics", "objects"]
+__all__ = ["appearance", "datasets", "decoding", "draw", "metrics", "model", "objects", "positions", "scenes"]
