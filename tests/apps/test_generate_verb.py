@@ -482,7 +482,6 @@ def test_a_full_disk_leaves_no_half_of_a_picture(generate):
     generate(*OK)
 
 
-@pytest.mark.skipif(not (ROOT / "weights/text_to_scene").is_dir(), reason="the model that ships is not in this tree")
 def test_the_model_that_ships_says_what_it_knows(generate):
     done = generate("a red circle and a blue zebra", "-s", "circle", "zebra", "-o", "out", *FAST, model=None)
     assert "text_to_scene, the model that ships, was trained on drawn scenes of 32 x 32 pixels" in done.stderr
