@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -227,7 +227,9 @@ class _Guide:
         self.trace = Trace(losses={name: [] for name in guidance.losses})
         self._pipe, self._unet, self._recorder = pipe, unet, recorder
         self._concepts, self._guidance, self._tracing = concepts, guidance, trace
-        self._compiled = pipe.unet is not unet or getattr(unet, "_compiled_call_impl", None) is not None
+        # Also where only its repeated blocks are. A network that is not is spared torch.compile's machinery altogether.
+        inner = (getattr(module, "_compiled_call_impl", None) for module in unet.modules())
+        self._compiled = pipe.unet is not unet or any(call is not None for call in inner)
         self._scale: Callable[..., Tensor] | None = getattr(pipe.scheduler, "scale_model_input", None)
         self._step = 0
         self._latents: Tensor | None = None  # as the pipeline holds them, once or twice the batch
@@ -246,9 +248,10 @@ class _Guide:
             moved, self._moved = self._moved, None
             return step(model_output, timestep, sample if moved is None else moved, *args, **kwargs)
 
+        outside: Callable[[Any], Any] = torch.compiler.disable if self._compiled else lambda hook: hook
         hooks = [
-            self._pipe.unet.register_forward_pre_hook(torch.compiler.disable(self._before), with_kwargs=True),
-            self._pipe.unet.register_forward_hook(torch.compiler.disable(self._after), with_kwargs=True),
+            self._pipe.unet.register_forward_pre_hook(outside(self._before), with_kwargs=True),
+            self._pipe.unet.register_forward_hook(outside(self._after), with_kwargs=True),
         ]
         try:
             scheduler.step = step_from_the_moved
@@ -335,7 +338,8 @@ class _Guide:
     def _observe(self, z: Tensor, call: _Call) -> Tensor:
         """The attention to all tokens at a latent, `[B, H, W, N]`, from a pass that ends where it is known."""
         x = self._model_input(z, z, call)
-        with torch.compiler.set_stance("force_eager"):  # compiled blocks would not report to the recorder
+        # Compiled blocks would not report to the recorder.
+        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
             return self._recorder.run(self._unet.forward, x, *call.args, **call.kwargs)
 
     def _maps(self, attention: Tensor) -> list[Tensor]:
