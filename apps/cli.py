@@ -306,7 +306,11 @@ def generate(
     ] = None,
     step_size: Annotated[
         float | None,
-        typer.Option(help="How far the latent is moved; 20.", rich_help_panel="How to guide", show_default=False),
+        typer.Option(
+            help="How far the latent is moved; 20, or 5 for the model that ships.",
+            rich_help_panel="How to guide",
+            show_default=False,
+        ),
     ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What not to draw.", rich_help_panel="How to sample", show_default=False)
