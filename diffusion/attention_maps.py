@@ -99,6 +99,7 @@ class AttentionRecorder:
         self._names = layers
         self._wanted: list[_Layer] = []
         self._stops = False
+        self._was_checkpointed: Any = None  # the block that checkpoints again after a pass that ends early
         _chosen(self._layers, layers)  # a name that no layer has is the caller's mistake, now and not at the first pass
 
     def maps(self) -> Tensor:
@@ -184,8 +185,6 @@ class AttentionRecorder:
         if self._was_checkpointed is not None:
             self._was_checkpointed.gradient_checkpointing = True
             self._was_checkpointed = None
-
-    _was_checkpointed: Any = None
 
 
 @contextmanager
