@@ -1,0 +1,1 @@
+"""Attention switched on in vision-language models of transformers, and off again."""
