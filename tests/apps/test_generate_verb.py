@@ -39,13 +39,7 @@ SUBJECTS = ("--subjects", "cat", "dog")
 FAST = ("--steps", "3")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusion import AStarStableDiffusionPipeline, AStarStableDiffusionXLPipeline
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """The networks are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module", autouse=True)
+def small(one_thread: None) -> None:
+    """All networks here are."""
 
 
 @pytest.fixture(scope="session")

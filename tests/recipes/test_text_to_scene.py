@@ -19,12 +19,7 @@ from recipes.text_to_scene_card import Rate, card, errors_after_autoencoder, foc
 SHIPPED = Path(__file__).parents[2] / "weights" / "text_to_scene"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
