@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UsageError
+from .options import Checkpoint, Model, RandomWeights
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MODEL",
-    "DEFAULT_SEGMENTER",
     "ModelChoice",
     "Network",
     "ResolvedModel",
+    "SegmenterChoice",
     "digest",
     "label_names",
     "load",
@@ -54,9 +55,20 @@ class ModelChoice:
         random_weights: Build the network without trained weights.
     """
 
-    name: str = DEFAULT_MODEL
-    checkpoint: str | None = None
-    random_weights: bool = False
+    name: Model = DEFAULT_MODEL
+    checkpoint: Checkpoint = None
+    random_weights: RandomWeights = False
+
+    def resolve(self) -> ResolvedModel:
+        """The function `resolve` of this choice."""
+        return resolve(self)
+
+
+@dataclass(frozen=True)
+class SegmenterChoice(ModelChoice):
+    """The same for networks that give a class to each pixel."""
+
+    name: Model = DEFAULT_SEGMENTER
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,10 @@ class ResolvedModel:
     label: str
     identity: str
     entry: weights.Entry | None = None
+
+    def load(self, progress: Callable[[int, int | None], None]) -> Network:
+        """The function `load` of this model."""
+        return load(self, progress)
 
 
 @dataclass(frozen=True)

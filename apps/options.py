@@ -1,32 +1,34 @@
-"""The options that verbs share, in typer's terms; importing this stays cheap."""
+"""The options that verbs share, one by one and in groups, in typer's terms; importing this stays cheap."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from .batch.sources import Inputs
 
 __all__ = [
-    "Amp",
     "BatchSize",
+    "Batches",
     "Checkpoint",
-    "Compile",
+    "Compiled",
     "Debug",
     "Device",
-    "Glob",
-    "Images",
     "Json",
-    "Limit",
+    "Machine",
     "Model",
     "Output",
     "Overwrite",
     "RandomWeights",
-    "Recursive",
+    "Reading",
     "Resume",
-    "SeveralSubjects",
     "Threads",
-    "Workers",
+    "Writing",
+    "WritingPictures",
 ]
 
 _INPUT, _MODEL, _OUTPUT, _SPEED = "What to read", "Which model", "What to write", "How fast"
@@ -85,6 +87,17 @@ Output = Annotated[
         show_default=False,
     ),
 ]
+Folder = Annotated[
+    str,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder for pictures and rows.jsonl.",
+        rich_help_panel=_OUTPUT,
+        show_default=False,
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Rows as JSON lines on stdout; with -o, the summary as JSON.", rich_help_panel=_OUTPUT),
@@ -127,35 +140,113 @@ Compile = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-class SeveralSubjects(TyperCommand):
-    """A command whose `--subjects` takes all words up to the next option, as in `--subjects circle square -o out`.
+@dataclass(frozen=True)
+class Reading:
+    """Which images a verb reads.
 
-    Where no argument is left to be the prompt, and no `--from` brings one, the last of these words is.
+    Attributes:
+        inputs: Files, folders, patterns, archives.
+        recursive: Search folders inside folders.
+        glob: Pattern that file names must match.
+        limit: Stop after so many inputs.
     """
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeats the option before each of its words, which is how the parser takes several."""
-        spread: list[str] = []
-        last: int | None = None  # of the words that may be the prompt
-        rest, options = args, True
-        while rest:
-            word, *rest = rest
-            spread.append(word)
-            options = options and word != "--"
-            if not options or word not in ("--subjects", "-s") or not rest:
-                continue
-            count = next((i for i, following in enumerate(rest[1:], 1) if following.startswith("-")), len(rest))
-            words, rest = rest[:count], rest[count:]
-            spread.append(words[0])
-            for following in words[1:]:
-                last = len(spread)
-                spread += [word, following]
-        if last is not None and not self._has_prompt(ctx, spread):
-            del spread[last]
-        return super().parse_args(ctx, spread)
+    inputs: Images
+    recursive: Recursive = True
+    glob: Glob = None
+    limit: Limit = None
 
-    def _has_prompt(self, ctx: Any, args: list[str]) -> bool:
-        if ctx.resilient_parsing or "--help" in args or "-h" in args:
-            return True
-        given, rest, _ = self.make_parser(ctx).parse_args(args=list(args))
-        return bool(given.get("prompt")) or bool(rest) or "source" in given
+    def find(self, note: Callable[[str], None]) -> Inputs:
+        """The images as a stream.
+
+        Args:
+            note: Told what the user should know of them.
+
+        Raises:
+            UsageError: There are none.
+        """
+        from .batch.sources import Inputs
+
+        inputs = Inputs(self.inputs, self.recursive, self.glob, self.limit, note=note)
+        inputs.check()
+        return inputs
+
+    def facts(self) -> dict[str, Any]:
+        """What rows depend on, for the ledger."""
+        from .batch.sources import encode_path
+
+        named = [encode_path(argument) for argument in self.inputs]
+        return {"inputs": named, "recursive": self.recursive, "glob": self.glob, "limit": self.limit}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where rows go.
+
+    Attributes:
+        output: The output file, or None for the screen.
+        as_json: JSON lines on stdout, or a JSON summary beside an output file.
+        resume: Go on where the same command ended.
+        overwrite: Replace what is there.
+    """
+
+    output: Output = None
+    as_json: Json = False
+    resume: Resume = True
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True)
+class WritingPictures(Writing):
+    """The same for a verb that draws: `output` is a folder for pictures and their rows."""
+
+    output: Folder = field()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a verb may take of the machine.
+
+    Attributes:
+        workers: Decode processes; None chooses by cores and device.
+        threads: CPU threads of the network; None leaves them to torch.
+        device: Name of a device, or `auto`.
+        amp: Half precision.
+    """
+
+    workers: Workers = None
+    threads: Threads = None
+    device: Device = "auto"
+    amp: Amp = False
+
+    def batch(self, suited: int) -> int:
+        """Pictures a batch, where `suited` is what suits the verb on its device."""
+        return suited
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the network is compiled first."""
+        return False
+
+
+@dataclass(frozen=True)
+class Batches(Machine):
+    """The same for a network that takes several pictures at once: how many, None for what suits the device."""
+
+    batch_size: BatchSize = None
+
+    def batch(self, suited: int) -> int:
+        """What the user says, else what suits."""
+        return self.batch_size or suited
+
+
+@dataclass(frozen=True)
+class Compiled(Batches):
+    """The same for a network that may be compiled first (`torch.compile`)."""
+
+    compile: Compile = False
+
+    @property
+    def compiles(self) -> bool:
+        """As the user says."""
+        return self.compile

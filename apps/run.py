@@ -4,17 +4,47 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .batch.job import Job, Screen, Summary, check_output
-from .batch.sources import Inputs, encode_path
 from .batch.stage import Compute, Stage, pick_device
-from .console import FetchBar, RowTable, RowText, RunReport
-from .models import ModelChoice, Network, ResolvedModel, load, resolve
+from .console import FetchBar, RowTable, RowText, RunReport, print_summary
+from .options import Machine, Reading, Writing
 
-__all__ = ["RunOptions", "default_workers", "run"]
+if TYPE_CHECKING:
+    from .batch.sources import Inputs
+    from .models import Network
+
+__all__ = ["Choice", "Resolved", "RunOptions", "default_workers", "finish", "run"]
+
+
+class Resolved(Protocol):
+    """A model whose names are right and that is not loaded yet.
+
+    Attributes:
+        label: What rows call it.
+        identity: Text that differs for other weights.
+    """
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def load(self, progress: Callable[[int, int | None], None]) -> Network:
+        """Builds the network; `progress` is told the bytes received and the bytes in all while weights are fetched."""
+        ...
+
+
+class Choice(Protocol):
+    """A model as the user named it."""
+
+    def resolve(self) -> Resolved:
+        """Checks its names without building anything."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,38 +52,16 @@ class RunOptions:
     """What every verb over images takes.
 
     Attributes:
-        inputs: Files, folders, patterns, archives.
-        output: The output file, or None for the screen.
-        model: The model.
-        batch_size: Pictures a batch; None chooses by device.
-        workers: Decode processes; None chooses by cores and device.
-        device: Name of a device, or `auto`.
-        amp: Half precision.
-        compile: `torch.compile`.
-        recursive: Search folders inside folders.
-        glob: Pattern that file names must match.
-        limit: Stop after so many inputs.
-        as_json: JSON lines on stdout, or a JSON summary beside an output file.
-        resume: Go on where the same command ended.
-        overwrite: Replace what is there.
-        threads: CPU threads of the network; None leaves them to torch.
+        reading: Which images.
+        model: Which model.
+        writing: Where rows go.
+        machine: What may be taken of the machine.
     """
 
-    inputs: Sequence[str]
-    output: str | None = None
-    model: ModelChoice = field(default_factory=ModelChoice)
-    batch_size: int | None = None
-    workers: int | None = None
-    device: str = "auto"
-    amp: bool = False
-    compile: bool = False
-    recursive: bool = True
-    glob: str | None = None
-    limit: int | None = None
-    as_json: bool = False
-    resume: bool = True
-    overwrite: bool = False
-    threads: int | None = None
+    reading: Reading
+    model: Choice
+    writing: Writing
+    machine: Machine
 
 
 def run(
@@ -63,6 +71,7 @@ def run(
     settings: dict[str, Any],
     gpu_batch: int = 128,
     cpu_batch: int = 32,
+    screen: Screen | None = None,
 ) -> Summary:
     """Checks everything that can be checked, then runs a verb.
 
@@ -73,6 +82,7 @@ def run(
         settings: The verb's own options that change rows, for the ledger.
         gpu_batch: Pictures a batch on a GPU, unless the user says otherwise.
         cpu_batch: The same on a CPU.
+        screen: Takes the rows where there is no output file; None for standard output.
 
     Returns:
         What came of it.
@@ -82,33 +92,43 @@ def run(
         Stopped: The run ended early.
     """
     report = RunReport()
-    if options.output is not None:
-        check_output(options.output)
-    inputs = Inputs(options.inputs, options.recursive, options.glob, options.limit, note=report.note)
-    inputs.check()
-    resolved = resolve(options.model)
-    device = pick_device(options.device)
-    batch_size = options.batch_size or (cpu_batch if device.type == "cpu" else gpu_batch)
-    compute = Compute(device, options.amp, options.compile, batch_size)
+    reading, writing, machine = options.reading, options.writing, options.machine
+    if writing.output is not None:
+        check_output(writing.output)
+    inputs = reading.find(report.note)
+    resolved = options.model.resolve()
+    device = pick_device(machine.device)
+    batch_size = machine.batch(cpu_batch if device.type == "cpu" else gpu_batch)
+    compute = Compute(device, machine.amp, machine.compiles, batch_size)
 
     def make_stage() -> Stage:
-        if options.threads is not None:
+        if machine.threads is not None:
             import torch
 
-            torch.set_num_threads(options.threads)
+            torch.set_num_threads(machine.threads)
         return make(_load(resolved), compute, inputs)
 
-    workers = default_workers(device.type) if options.workers is None else options.workers
-    command = _command(verb, options, resolved, settings)
-    job = Job(inputs, make_stage, command, report, batch_size, workers, options.resume, options.overwrite)
-    if options.output is not None:
-        return job.to_file(options.output)
-    return job.to_screen(_screen(options.as_json))
+    workers = default_workers(device.type) if machine.workers is None else machine.workers
+    # All that the rows depend on; speed (batch size, workers, device, threads) is not part of it.
+    command = {
+        "verb": verb, "model": resolved.label, "weights": resolved.identity, **reading.facts(), "amp": machine.amp,
+        **settings,
+    }  # fmt: skip
+    job = Job(inputs, make_stage, command, report, batch_size, workers, writing.resume, writing.overwrite)
+    if writing.output is not None:
+        return job.to_file(writing.output)
+    return job.to_screen(screen or _screen(writing.as_json))
 
 
-def _load(resolved: ResolvedModel) -> Network:
+def finish(summary: Summary, as_json: bool) -> int:
+    """Says what came of a run; its exit code."""
+    print_summary(summary, as_json)
+    return 1 if summary.failed else 0
+
+
+def _load(resolved: Resolved) -> Network:
     with FetchBar(resolved.label) as progress:
-        return load(resolved, progress)
+        return resolved.load(progress)
 
 
 def _screen(as_json: bool) -> Screen:
@@ -121,18 +141,3 @@ def default_workers(device: str) -> int:
     """How many decode processes suit a kind of device on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, cores) if device != "cpu" else max(1, min(8, cores // 2))
-
-
-def _command(verb: str, options: RunOptions, resolved: ResolvedModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that the rows depend on; speed (batch size, workers, device, threads) is not part of it."""
-    return {
-        "verb": verb,
-        "model": resolved.label,
-        "weights": resolved.identity,
-        "inputs": [encode_path(argument) for argument in options.inputs],
-        "recursive": options.recursive,
-        "glob": options.glob,
-        "limit": options.limit,
-        "amp": options.amp,
-        **settings,
-    }
