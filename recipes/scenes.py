@@ -189,19 +189,21 @@ def masks(scene: Scene, size: int | tuple[int, int]) -> np.ndarray:
     return found
 
 
-def draw(scene: Scene, size: int | tuple[int, int]) -> np.ndarray:
+def draw(scene: Scene, size: int | tuple[int, int], texture: np.ndarray | float = 0) -> np.ndarray:
     """Draws a scene with smooth edges.
 
     Args:
         scene: What to draw.
         size: Side of the picture in pixels, or its height and width.
+        texture: `[H, W]`, added to the ground's grey level where the ground shows.
 
     Returns:
         `[H, W, 3]` uint8, RGB.
     """
     shares = masks(scene, size)
     colours = np.array([COLOURS[o.colour] for o in scene.objects], np.float32).reshape(-1, 3)
-    picture = np.einsum("khw,kc->hwc", shares, colours) + (1 - shares.sum(0))[..., None] * scene.ground
+    ground = (1 - shares.sum(0)) * (scene.ground + texture)
+    picture = np.einsum("khw,kc->hwc", shares, colours) + ground[..., None]
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
