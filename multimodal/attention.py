@@ -63,7 +63,7 @@ class Reweighed(NamedTuple):
     Attributes:
         rows: Query indices within the call, `[t]`.
         valid: For which rows of the batch they are meant, `[B, t]` bool; elsewhere the layer's own output stays.
-        weights: `[B, H, t, K]`, float32, rows sum to 1.
+        weights: `[B, H, t, K]`, float32 or wider; rows sum to 1.
     """
 
     rows: Tensor
@@ -79,7 +79,7 @@ class Listener(Protocol):
         ...
 
     def hear(self, call: Call, rows: Tensor, weights: Tensor) -> None:
-        """Gets the weights `[B, H, t, K]` of query rows `[t]`, float32, without a graph; maybe in several pieces."""
+        """Gets the weights `[B, H, t, K]` of query rows `[t]`, without a graph; maybe in several pieces."""
         ...
 
 
@@ -129,20 +129,20 @@ class Call:
         return max(self.first + self.query.shape[2] - self.key.shape[2], 0)
 
     def scores(self, rows: Tensor) -> Tensor:
-        """Scores of some query rows before the softmax, float32; keys that are not seen have the lowest float32.
+        """Scores of some query rows before the softmax; keys that are not seen have the lowest number there is.
 
         Args:
             rows: Query indices within the call, `[t]`.
 
         Returns:
-            `[B, H, t, K]`.
+            `[B, H, t, K]`, float32 or wider.
         """
         B, H, _, d = self.query.shape
         groups = self.key.shape[1]
         # Heads that share keys are rows of one product, so that keys are not repeated.
         query = self.query[:, :, rows].reshape(B, groups, -1, d)  # [B, G, H / G * t, d]
         scores = (query @ self.key.transpose(2, 3)).view(B, H, len(rows), -1)  # [B, H, t, K]
-        scores = scores.float() * self.scaling
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scaling
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return self._masked(scores, rows)
@@ -150,7 +150,7 @@ class Call:
     def output(self, weights: Tensor) -> Tensor:
         """Values averaged by weights `[B, H, t, K]`: `[B, t, H, d]`, as attention functions return it."""
         B, H, t, K = weights.shape
-        grouped = weights.to(self.value.dtype).view(B, self.value.shape[1], -1, K)
+        grouped = weights.to(self.value.dtype).reshape(B, self.value.shape[1], -1, K)
         return (grouped @ self.value).view(B, H, t, -1).transpose(1, 2)
 
     def row_chunks(self, rows: Tensor, chunk_bytes: int) -> list[Tensor]:
@@ -160,7 +160,7 @@ class Call:
         return list(rows.split(size)) if len(rows) else []
 
     def _masked(self, scores: Tensor, rows: Tensor) -> Tensor:
-        lowest, mask = torch.finfo(torch.float32).min, self.mask
+        lowest, mask = torch.finfo(scores.dtype).min, self.mask
         if isinstance(mask, BlockMask):
             mask = self._dense(mask, rows)
         elif mask is None:

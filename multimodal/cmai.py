@@ -220,13 +220,14 @@ def _read(call: Call, tokens: Tokens, weights: Tensor, settings: Inhibition) -> 
 
 @torch.no_grad()
 def _focus(call: Call, tokens: Tokens, weights: Tensor, reads: Tensor, settings: Inhibition) -> Tensor:
-    """Focus scores `[B, H or 1, t, N]` of rows with weights `[B, H, t, K]`, float32."""
+    """Focus scores `[B, H or 1, t, N]` of rows with weights `[B, H, t, K]`."""
     columns, outside = _columns(call, tokens.text)
     text = weights[..., columns] * tokens.is_text[:, None, None, outside:]  # [B, H, t, T]
     B, H, t, T = text.shape
     # Heads that share what was read are rows of one product, so that it is not repeated.
-    text = text.reshape(B, reads.shape[1], -1, T)
-    focus = focus_score(text, reads[:, :, outside:].float(), renormalise=settings.renormalise).reshape(B, H, t, -1)
+    text, reads = text.reshape(B, reads.shape[1], -1, T), reads[:, :, outside:].to(text.dtype)
+    with torch.autocast(text.device.type, enabled=False):  # half precision would make ties
+        focus = focus_score(text, reads, renormalise=settings.renormalise).reshape(B, H, t, -1)
     return focus if settings.per_head else focus.mean(1, keepdim=True)
 
 
