@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,12 +47,15 @@ def _inert(module: str, name: str) -> Any:
 _STAND_INS = (_inert("yacs.config", "CfgNode"), _inert("argparse", "Namespace"))
 
 
-def load_state_dict(path: str | os.PathLike[str], *, key: str | None = None) -> dict[str, Tensor]:
+def load_state_dict(path: str | os.PathLike[str], *, key: str | None = None, mmap: bool = False) -> dict[str, Tensor]:
     """Reads the tensors of a checkpoint file, on the CPU.
 
     Args:
         path: A `.safetensors` file, or anything `torch.save` wrote (`.pth`, `.pt`, `.bin`, `.tar`).
         key: Where the state dict lies, if known; tried before `model`, `state_dict` and the file itself.
+        mmap: Map the tensors of a file that `torch.save` wrote instead of reading them, where its format allows it
+            (a zip archive): for files as large as memory. Those of safetensors files are mapped either way. The file
+            must then stay as it is for as long as the tensors are used.
 
     Returns:
         Name to tensor. A `module.` that stands before every name is removed.
@@ -64,7 +68,7 @@ def load_state_dict(path: str | os.PathLike[str], *, key: str | None = None) -> 
         raise WeightsError(f"{path}: no such file")
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; a checkpoint file (.safetensors, .pth) is expected")
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path, mmap)
     return _strip_wrapper(_unwrap(content, key, path))
 
 
@@ -135,12 +139,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is not a readable safetensors file ({error}); fetch or copy it again") from error
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, mmap: bool) -> Any:
     import torch
 
     try:
         with torch.serialization.safe_globals(list(_STAND_INS)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(_why_unreadable(path, error)) from error
     except (EOFError, RuntimeError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:

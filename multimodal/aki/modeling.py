@@ -65,6 +65,20 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.lang_model.lm_head = ExtendedHead(text.hidden_size, rows, *tables)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a folder or hub id, as every model of transformers, but every weight or none.
+
+        Raises:
+            ValueError: Weights are missing, unknown or of another shape; the message names them.
+        """
+        told = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        _refuse_other_weights(info, pretrained_model_name_or_path)
+        return (model, info) if told else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -211,6 +225,24 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+
+def _refuse_other_weights(info: Any, source: Any) -> None:
+    kinds = {
+        "missing": info["missing_keys"],
+        "not AKI's": info["unexpected_keys"],
+        "of another shape": {
+            f"{name} {tuple(theirs)} instead of {tuple(ours)}" for name, theirs, ours in info["mismatched_keys"]
+        },
+    }
+    found = []
+    for kind, names in kinds.items():
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            found.append(f"{len(names)} {kind}: {', '.join(sorted(names)[:5])}{more}")
+    if found:
+        whose = "the state dict" if source is None else repr(str(source))
+        raise ValueError(f"{whose} does not hold the weights of this AKI configuration: {'; '.join(found)}")
 
 
 def _flat(pixel_values: Tensor) -> Tensor:

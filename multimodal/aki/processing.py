@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling, make_flat_list_of_images
+from transformers.image_utils import PILImageResampling
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .configuration import AkiConfig
@@ -42,9 +42,9 @@ _CHAT_TEMPLATE = (
 class AkiProcessor(ProcessorMixin):
     """Makes the inputs of :class:`AkiForConditionalGeneration`.
 
-    `processor(images, text)` resizes the pictures to squares, replaces each `<image>` of the text by the image tokens of
-    one picture, and pads rows on the left. `processor.prompt(question)` writes the published prompt;
-    `apply_chat_template` does for whole conversations.
+    `processor(images, text)` resizes the pictures to squares, replaces each `<image>` of the text by the image tokens
+    of one picture, and pads rows on the left. `processor.prompt(question)` writes the published prompt,
+    `apply_chat_template` that of a whole conversation.
 
     Args:
         image_processor: Resizes and normalises pictures.
@@ -135,10 +135,10 @@ class AkiProcessor(ProcessorMixin):
         if not text or not isinstance(images, list | tuple) or not isinstance(images[0], list | tuple):
             return
         for row, (pictures, sample) in enumerate(zip(images, text, strict=True)):
-            if len(make_flat_list_of_images(pictures) if pictures else []) != sample.count(self.image_token):
+            if len(pictures) != (places := sample.count(self.image_token)):
                 raise ValueError(
-                    f"row {row} has {len(pictures)} pictures, but {sample.count(self.image_token)} {IMAGE_TOKEN} in its "
-                    "text; each picture needs one"
+                    f"row {row} has {len(pictures)} pictures, but {places} {IMAGE_TOKEN} in its text; each picture "
+                    "needs one"
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:

@@ -40,12 +40,10 @@ class PerceiverAttention(nn.Module):
         latents = self.norm_latents(latents)
         seen = torch.cat((self.norm_media(features), latents), dim=1)  # [N, P + V, C]
         keys, values = self.to_kv(seen).chunk(2, dim=-1)
-        gathered = scaled_dot_product_attention(
-            *(
-                x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-                for x in (self.to_q(latents), keys, values)
-            )
-        )  # [N, h, V, d]
+        query, keys, values = (
+            x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (self.to_q(latents), keys, values)
+        )
+        gathered = scaled_dot_product_attention(query, keys, values)  # [N, h, V, d]
         return self.to_out(gathered.transpose(1, 2).flatten(2))
 
 
