@@ -28,6 +28,7 @@ __all__ = [
     "Scene",
     "check_disjoint",
     "draw_split",
+    "drop_outliers",
     "read_coco_search",
     "read_csv",
     "read_sti",
@@ -111,6 +112,33 @@ class ScanpathDataset:
             tuple(scene for scene in self.scenes if scene.image in wanted),
             tuple(scanpath for scanpath in self.scanpaths if scanpath.scene.image in wanted),
         )
+
+
+def drop_outliers(
+    dataset: ScanpathDataset, deviations: float = 3.0, reference: ScanpathDataset | None = None
+) -> ScanpathDataset:
+    """Leaves out scanpaths whose number of fixations is unusual: more than so many standard deviations from the mean.
+
+    Args:
+        dataset: what to choose from.
+        deviations: the paper's are 3.
+        reference: whose mean and standard deviation count; None for the data's own. Of a part for testing give that for
+            training, or leave all of it in, which is what people did.
+
+    Returns:
+        The same scenes, also those that no scanpath is left of.
+
+    Raises:
+        ValueError: deviations that are not positive, a reference without scanpaths.
+    """
+    if not deviations > 0:
+        raise ValueError(f"deviations={deviations} must be positive.")
+    lengths = np.array([len(path) for path in (reference or dataset).scanpaths])
+    if not len(lengths):
+        raise ValueError("no scanpaths to tell usual lengths from.")
+    reach = deviations * lengths.std()
+    kept = tuple(path for path in dataset.scanpaths if abs(len(path) - lengths.mean()) <= reach)
+    return ScanpathDataset(dataset.scenes, kept)
 
 
 def split_by_image(dataset: ScanpathDataset, parts: Mapping[str, Iterable[str]]) -> dict[str, ScanpathDataset]:

@@ -19,6 +19,7 @@ from vision.scanpath.datasets import (
     Scene,
     check_disjoint,
     draw_split,
+    drop_outliers,
     read_coco_search,
     read_csv,
     read_sti,
@@ -191,6 +192,34 @@ def test_a_picture_with_several_targets_stays_whole():
     data = ScanpathDataset(tuple(scenes), tuple(Scanpath(s.target, s, np.zeros((1, 2))) for s in scenes))
     parts = split_by_image(data, draw_split(data, {"train": 0.5, "test": 0.5}))
     assert [len(part.scanpaths) for part in parts.values()] == [15, 15]
+
+
+def lengths_of(data: ScanpathDataset) -> list[int]:
+    return [len(path) for path in data.scanpaths]
+
+
+def test_scanpaths_of_unusual_length_are_left_out_and_scenes_stay():
+    scene = Scene("a.jpg", "cup")
+    paths = tuple(
+        Scanpath(str(n), scene, np.zeros((length, 2))) for n, length in enumerate([10] * 50 + [12] * 50 + [40])
+    )
+    data = ScanpathDataset((scene, Scene("b.jpg", "cup")), paths)
+    kept = drop_outliers(data)
+    assert lengths_of(kept) == [10] * 50 + [12] * 50 and kept.scenes == data.scenes
+    assert lengths_of(drop_outliers(data, deviations=0.5)) == [10] * 50 + [12] * 50
+    test = ScanpathDataset((scene,), tuple(Scanpath(str(n), scene, np.zeros((n, 2))) for n in (0, 8, 9, 13, 14)))
+    assert lengths_of(drop_outliers(test, reference=kept)) == [8, 9, 13, 14]  # 11 and three times 1
+    same = ScanpathDataset((scene,), paths[:3])
+    assert drop_outliers(same).scanpaths == same.scanpaths  # no spread, no outliers
+    assert drop_outliers(ScanpathDataset((scene,), ()), reference=data).scanpaths == ()
+
+
+@pytest.mark.parametrize("deviations", [0, -1, math.nan])
+def test_outliers_need_a_limit_and_something_to_compare_with(deviations: float):
+    with pytest.raises(ValueError, match=f"deviations={deviations} must be positive"):
+        drop_outliers(made({"a": "x"}), deviations)
+    with pytest.raises(ValueError, match="no scanpaths to tell usual lengths from"):
+        drop_outliers(ScanpathDataset((Scene("a", "x"),), ()))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
