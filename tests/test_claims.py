@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import astar as cost
 from benchmarks.claims import astar, astar_report, paired
-from benchmarks.claims.report import RESULTS, Claim, Report, Table
+from benchmarks.claims.report import RESULTS, Claim, Report, Table, digests
 from recipes.text_to_scene import HELD_OUT_PAIRS, build_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +251,6 @@ def test_the_claims_of_astar_follow_from_its_pictures_and_are_of_the_model_that_
     asked = [p for kind, own in astar.MEASUREMENT.items() for p in astar.pictures(kind, *own)]
     assert {method: list(own) for method, own in results.items()} == {method: asked for method in astar.METHODS}
     assert report.claims == astar_report.claims(results)
-    assert report.details["weights"] == astar.digests(astar.MODEL)
+    assert report.details["weights"] == digests(astar.MODEL)
     tried = [astar._tried(own) for own in report.details["tried"]]
     assert {m: astar.Setting(**own) for m, own in report.details["chosen"].items()} == astar.best(tried)

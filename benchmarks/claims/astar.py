@@ -33,7 +33,6 @@ The protocol, fixed before the measurement:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import logging
 import multiprocessing
@@ -60,7 +59,7 @@ from benchmarks.claims.astar_report import (
     save_outcomes,
     show_both,
 )
-from benchmarks.claims.report import RESULTS, Report, Table
+from benchmarks.claims.report import RESULTS, Report, Table, digests
 from diffusion import AStarStableDiffusionPipeline, Guidance
 from diffusion.attention_maps import record, subject_maps
 from diffusion.losses import retention_loss, retention_masks, segregation_loss
@@ -69,7 +68,7 @@ from recipes.scenes import caption, detect
 from recipes.text_to_scene import HELD_OUT_PAIRS, SEEN_PAIRS
 from recipes.text_to_scene_card import GUIDANCE_SCALE, SAMPLING_STEPS
 
-__all__ = ["GRID", "METHODS", "PAIRS", "Setting", "Tried", "best", "digests", "draw", "measure", "report", "sweep"]
+__all__ = ["GRID", "METHODS", "PAIRS", "Setting", "Tried", "best", "draw", "measure", "report", "sweep"]
 
 MODEL = Path(__file__).resolve().parents[2] / "weights" / "text_to_scene"
 COMMAND = "python -m benchmarks.claims.astar"
@@ -340,14 +339,6 @@ def report(
             "tried": [asdict(own) for own in tried],
         },
     )
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of weights, so that figures can be told to be of these."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*.safetensors"))
-    }
 
 
 def _tried(own: Mapping[str, Any]) -> Tried:

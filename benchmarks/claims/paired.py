@@ -12,7 +12,17 @@ from typing import Literal, get_args
 import numpy as np
 from scipy import stats
 
-__all__ = ["VERDICTS", "Comparison", "Verdict", "compare", "holm", "rate_interval", "sign_test", "verdict"]
+__all__ = [
+    "VERDICTS",
+    "Comparison",
+    "Verdict",
+    "compare",
+    "compare_runs",
+    "holm",
+    "rate_interval",
+    "sign_test",
+    "verdict",
+]
 
 Verdict = Literal["shown", "not shown at this scale", "contradicted"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -60,6 +70,44 @@ def compare(ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 
     ).confidence_interval
     bounds = float(interval.low), float(interval.high)
     return Comparison(len(differences), float(differences.mean()), bounds, better, worse, sign_test(better, worse))
+
+
+def compare_runs(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], *, resamples: int = 9999, seed: int = 0
+) -> Comparison:
+    """Compares two methods over several training runs, all given the same inputs.
+
+    An input is better where the mean over the runs is larger, so that the sign test counts each input once. The
+    bootstrap draws runs and inputs, each with replacement: its interval says how far the difference depends on both.
+
+    Args:
+        ours: Of each run one value for each input.
+        theirs: Of the same runs and inputs, in the same order.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If the two are not of the same runs and inputs, or there are fewer than two of either.
+    """
+    shapes = {len(run) for run in (*ours, *theirs)}
+    if len(ours) != len(theirs) or len(ours) < 2 or len(shapes) != 1 or min(shapes) < 2:
+        raise ValueError(
+            f"{len(ours)} runs of ours and {len(theirs)} of theirs, of {sorted(shapes)} inputs: give both for the same "
+            "runs and inputs, two or more of each"
+        )
+    differences = np.asarray(ours, float) - np.asarray(theirs, float)  # [R, N]
+    runs, inputs = differences.shape
+    rng, means = np.random.default_rng(seed), np.empty(resamples)
+    for start in range(0, resamples, 1000):
+        drawn = min(1000, resamples - start)
+        of_runs = rng.multinomial(runs, [1 / runs] * runs, drawn) / runs  # [S, R]
+        of_inputs = rng.multinomial(inputs, [1 / inputs] * inputs, drawn) / inputs  # [S, N]
+        means[start : start + drawn] = np.einsum("sr,rn,sn->s", of_runs, differences, of_inputs, optimize=True)
+    low, high = np.quantile(means, [0.025, 0.975])
+    each = differences.mean(0)
+    better, worse = int((each > 0).sum()), int((each < 0).sum())
+    bounds = float(low), float(high)
+    return Comparison(inputs, float(differences.mean()), bounds, better, worse, sign_test(better, worse))
 
 
 def sign_test(better: int, worse: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from benchmarks.claims.paired import Verdict
 
-__all__ = ["RESULTS", "Claim", "Report", "Table"]
+__all__ = ["RESULTS", "Claim", "Report", "Table", "digests"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -91,3 +92,11 @@ class Report:
             for claim in report.pop("claims")
         ]
         return cls(claims=claims, tables=[Table(**table) for table in report.pop("tables")], **report)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of weights, so that figures can be told to be of these."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
