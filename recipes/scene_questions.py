@@ -3,8 +3,8 @@
     python -m recipes.scene_questions       # some questions of each kind
 
 The picture alone never answers: each scene of two to five objects takes many questions, and the question decides which
-object must be looked at, and for what. What a reply must look like is said in the prompt ("answer as json"), and checked
-by program.
+object must be looked at, and for what. What a reply must look like is said in the prompt ("answer as json"), and can be
+checked by program.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Question:
         return FORMATS[self.format].read(reply) is not None
 
     def answered(self, reply: str) -> bool:
-        """Whether a reply gives the right answer in whatever form: the last word of `FORMATS`' own words apart."""
+        """Whether a reply gives the right answer, in whatever format: the only word besides those of the formats."""
         words = [word for word in re.findall("[a-z]+", reply.lower()) if word not in ("the", "answer", "is")]
         return words == [self.answer]
 
