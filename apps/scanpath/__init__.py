@@ -1,0 +1,1 @@
+"""`attnsuite scanpath`: where a searcher might look, on a grid of objects in any picture."""
