@@ -72,6 +72,8 @@ def results_page() -> str:
     parts += [_sparse_attention(_report("sparsifiner"))]
     if (RESULTS / "astar.json").exists():
         parts += [_guidance(_report("astar"))]
+    if (RESULTS / "vlm.json").exists():
+        parts += [_switches(_report("vlm"))]
     parts += [_batch(_report("batch"))]
     return "\n".join(part for part in parts if part)
 
@@ -116,6 +118,51 @@ def _guidance(report: dict[str, Any]) -> str:
         "Peak memory is of a fresh process each, weights included. Diffusers' pipeline runs without refinement.\n\n"
         + table(["model", "way", "s a step", "time / diffusers' Attend-and-Excite", "peak MB"], rows)
     )
+
+
+def _switches(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    text = (
+        f"## What switches on a vision-language model cost and save\n\n`{report['command']}`: {report['cpu']}, "
+        f"{report['threads']} threads, {versions}. The shape of LLaVA-1.5-7B, random weights, batch 1, a prompt of 576 "
+        "image tokens and 64 others. Arithmetic of its prefill at full size (the tower's "
+        f"{report['arithmetic'][0]['tower_tflops']:.2f} TFLOPs left out), and the cache after it in half precision:\n\n"
+    )
+    whole = report["arithmetic"][0]
+    rows = [
+        [
+            row["keep"],
+            str(row["tokens"]),
+            f"{row['tflops']:.2f}",
+            f"{row['tflops'] / whole['tflops']:.2f}",
+            f"{row['cache_bytes'] / 2**20:.0f}",
+            f"{row['cache_bytes'] / whole['cache_bytes']:.2f}",
+        ]
+        for row in report["arithmetic"]
+    ]
+    text += table(["keep", "image tokens", "TFLOPs", "of all", "cache, MB", "of all"], rows)
+    text += (
+        f"\nAn eighth of its width, timed in fp32: medians over {report['turns']} turns in one process, ratios to the "
+        "plain model of the same turn. VMTC's own time is held against what the language model saves by it. At this "
+        "width a switch weighs about eight times what it would at full size. Peak memory is of a fresh process each, "
+        "weights included.\n\n"
+    )
+    rows = [
+        [
+            row["switch"],
+            f"{row['prefill']:.3f}",
+            f"{row['prefill_ratio']:.2f}",
+            f"{row['decoder_ratio']:.2f}",
+            f"{row['own_share']:.1%}" if "own_share" in row else "",
+            f"{1000 * row['token']:.1f}",
+            f"{row['token_ratio']:.2f}",
+            f"{row['cache_bytes'] / 2**20:.0f}",
+            f"{row['peak_mb']:,}",
+        ]
+        for row in report["rows"]
+    ]
+    header = ["switch", "prefill, s", "/ plain", "language model alone / plain", "VMTC's own / saved"]
+    return text + table([*header, "ms a token", "/ plain", "cache, MB", "peak MB"], rows)
 
 
 def _backbones(title: str, report: dict[str, Any], bounds: str) -> str:
