@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import tiny
+import tiny_vlm as tiny
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

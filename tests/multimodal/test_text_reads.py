@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 import pytest
-import tiny
+import tiny_vlm as tiny
 import torch
 from torch import Tensor
 from transformers import DynamicCache
