@@ -147,6 +147,11 @@ class Call:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return self._masked(scores, rows)
 
+    def columns(self, positions: Tensor) -> tuple[Tensor, int]:
+        """Key indices of ascending positions, and how many of these lie before a sliding window and have none."""
+        outside = int((positions < self.key_offset).sum()) if self.key_offset else 0
+        return positions[outside:] - self.key_offset, outside
+
     def output(self, weights: Tensor) -> Tensor:
         """Values averaged by weights `[B, H, t, K]`: `[B, t, H, d]`, as attention functions return it."""
         B, H, t, K = weights.shape

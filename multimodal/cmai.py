@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -31,8 +29,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import StaticSlidingWindowLayer
 from transformers.utils import ModelOutput
 
-from .attention import Call, Reweighed, check_implementation, hand_down, interpose, uncompiled
-from .layout import VisualLayout, arguments_of, cache_of, family_of, find_layout
+from .attention import Call, Reweighed, check_implementation, hand_down, handed_down, interpose, uncompiled
+from .hooks import Handover
+from .layout import VisualLayout, cache_of, family_of, find_layout
 from .switches import Switch
 from .text_reads import TextReads, Tokens
 
@@ -128,7 +127,7 @@ class Inhibition:
 
 @dataclass
 class _Pass:
-    """One forward under inhibition; its `reweigh` acts in the layers."""
+    """One forward under inhibition; called by each layer's attention."""
 
     settings: Inhibition
     past: TextReads | None
@@ -146,7 +145,7 @@ class _Pass:
         every_position = len(self.new.text) == self.length - self.first
         self.every_row = every_position and bool(self.new.is_text.all())
 
-    def reweigh(self, call: Call) -> Iterator[Reweighed] | None:
+    def __call__(self, call: Call) -> Iterator[Reweighed] | None:
         """The new weights of the text rows of a layer, in chunks; None for a layer that is not inhibited."""
         self.seen.add(call.layer)
         pieces = self._pieces(call, self.new.to(call.query.device), self.tokens.to(call.query.device))
@@ -202,16 +201,10 @@ class _Pass:
         return reads
 
 
-def _columns(call: Call, positions: Tensor) -> tuple[Tensor, int]:
-    """Key indices of ascending positions, and how many of these lie before the first key of a sliding window."""
-    outside = int((positions < call.key_offset).sum()) if call.key_offset else 0
-    return positions[outside:] - call.key_offset, outside
-
-
 @torch.no_grad()
 def _read(call: Call, tokens: Tokens, weights: Tensor, settings: Inhibition) -> Tensor:
     """What rows read of the images, out of their weights `[B, H, t, K]`: `[B, H or 1, t, N]`."""
-    columns, outside = _columns(call, tokens.image)
+    columns, outside = call.columns(tokens.image)
     reads = weights[..., columns] * tokens.is_image[:, None, None, outside:]
     if settings.store == "head_mean":
         reads = reads.mean(1, keepdim=True)
@@ -221,7 +214,7 @@ def _read(call: Call, tokens: Tokens, weights: Tensor, settings: Inhibition) -> 
 @torch.no_grad()
 def _focus(call: Call, tokens: Tokens, weights: Tensor, reads: Tensor, settings: Inhibition) -> Tensor:
     """Focus scores `[B, H or 1, t, N]` of rows with weights `[B, H, t, K]`."""
-    columns, outside = _columns(call, tokens.text)
+    columns, outside = call.columns(tokens.text)
     text = weights[..., columns] * tokens.is_text[:, None, None, outside:]  # [B, H, t, T]
     B, H, t, T = text.shape
     # Heads that share what was read are rows of one product, so that it is not repeated.
@@ -233,7 +226,7 @@ def _focus(call: Call, tokens: Tokens, weights: Tensor, reads: Tensor, settings:
 
 def _inhibited(call: Call, tokens: Tokens, scores: Tensor, focus: Tensor, settings: Inhibition) -> Tensor:
     """Scores `[B, H, t, K]` of rows with those of unfocused image tokens lowered, by focus `[B, H or 1, t, N]`."""
-    columns, outside = _columns(call, tokens.image)
+    columns, outside = call.columns(tokens.image)
     lowest = torch.finfo(scores.dtype).min
     seen = (scores.detach()[:, :1, :, columns] > lowest) & tokens.is_image[:, None, None, outside:]
     unfocused = seen & ~settings.keep(focus[..., outside:], seen)
@@ -246,28 +239,18 @@ def _normalised(rows: Tensor) -> Tensor:
     return rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
-@dataclass
-class _Running:
-    """A forward of a model that is under the switch."""
+class _Found(NamedTuple):
+    """What is known before a forward of a model under the switch."""
 
-    decoder: PreTrainedModel
     settings: Inhibition
     layout: VisualLayout
     first: int
-    outer: _Running | None
-    step: _Pass | None = None
 
 
-_running: ContextVar[_Running | None] = ContextVar("forward under CMAI", default=None)
-_owners = weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[PreTrainedModel]]()
-
-
-@uncompiled
-def _find_images(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _find_images(model: PreTrainedModel, given: dict[str, Any]) -> _Found | None:
     """Before a model's forward: where its image tokens are."""
     if (settings := inhibit_cross_modality.active(model)) is None:
-        return
-    given = arguments_of(model, args, kwargs)
+        return None
     if (ids := given.get("input_ids")) is None:
         raise ValueError(f"{_NAME} finds image tokens by their ids; give input_ids, not inputs_embeds alone")
     cache = cache_of(given)
@@ -278,58 +261,39 @@ def _find_images(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
             f"no image token is in input_ids, so {_NAME} has nothing to inhibit; leave the switch for text alone, "
             "and let the first part of a prompt that is given in parts reach its first image"
         )
-    _running.set(_Running(model.get_decoder(), settings, layout, first, _running.get()))
+    return _Found(settings, layout, first)
 
 
-@uncompiled
-def _forget_images(model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
-    """After a model's forward, also one that failed."""
-    running = _running.get()
-    if running is not None and running.decoder is model.get_decoder():
-        _running.set(running.outer)
-
-
-@uncompiled
-def _begin(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _begin(decoder: PreTrainedModel, given: dict[str, Any], found: _Found) -> dict[str, Any]:
     """Before the decoder's forward: hands it what acts in its layers."""
-    running = _running.get()
-    if running is None or running.decoder is not decoder:
-        owner = _owners.get(decoder, lambda: None)()
-        if owner is not None and inhibit_cross_modality.active(owner) is not None:
-            raise RuntimeError(
-                f"under {_NAME} the language model of a {type(owner).__name__} was run by itself, so that nothing is "
-                "known of images; call the whole model, and as model(…) rather than model.forward(…)"
-            )
-        return None
-    given = arguments_of(decoder, args, kwargs)
-    cache, settings = cache_of(given), running.settings
-    use_cache = given.get("use_cache")
-    new = Tokens.of(running.layout, running.first)
-    running.step = step = _Pass(
-        settings,
-        past=None if running.first == 0 else _past(cache, running.first, settings),
-        new=new,
-        first=running.first,
-        length=running.first + running.layout.valid.shape[1],
+    cache, use_cache = cache_of(given), given.get("use_cache")
+    _refuse_ring_buffers(cache)
+    step = _Pass(
+        found.settings,
+        past=None if found.first == 0 else _past(cache, found.first, found.settings),
+        new=Tokens.of(found.layout, found.first),
+        first=found.first,
+        length=found.first + found.layout.valid.shape[1],
         stores=cache is not None or bool(decoder.config.use_cache if use_cache is None else use_cache),
         repeats=decoder.training,
     )
-    _refuse_ring_buffers(cache)
-    return args, hand_down(kwargs, first=step.first, reweigh=step.reweigh, every_row=step.every_row)
+    return hand_down(given, first=step.first, reweigh=step, every_row=step.every_row)
 
 
 @uncompiled
-def _end(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _end(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
     """After the decoder's forward: what was read goes into its cache."""
-    running = _running.get()
-    if running is None or running.decoder is not decoder or (step := running.step) is None:
+    if output is None:  # torch gives no keyword arguments to a hook that another thread takes off at this moment
+        return
+    between = handed_down(kwargs)
+    if between is None or not isinstance(step := between.reweigh, _Pass):
         return
     if missing := (step.settings.layers | step.settings.scored) - step.seen:
         raise RuntimeError(
             f"layers {sorted(missing)} of {type(decoder).__name__} did not ask {_NAME}: the attention implementation "
             "was changed under the switch, or these layers do not hand keyword arguments down to their attention"
         )
-    cache = cache_of(arguments_of(decoder, args, kwargs))
+    cache = cache_of(kwargs)
     cache = cache_of(output) if cache is None and isinstance(output, ModelOutput) else cache
     if cache is not None:
         TextReads(step.settings, step.tokens, step.length, step.reads).put_into(cache)
@@ -453,22 +417,14 @@ def _layers(layers: Sequence[int] | None, count: int, source: Source) -> frozens
 
 def _attach(model: PreTrainedModel) -> Callable[[], None]:
     decoder = model.get_decoder()
-    detach = interpose(decoder)
-    _owners[decoder] = weakref.ref(model)
-    handles = [
-        model.register_forward_pre_hook(_find_images, with_kwargs=True),
-        model.register_forward_hook(_forget_images, always_call=True),
-        decoder.register_forward_pre_hook(_begin, with_kwargs=True),
-        decoder.register_forward_hook(_end, with_kwargs=True),
-    ]
+    takers = [interpose(decoder), _handover.attach(model), decoder.register_forward_hook(_end, with_kwargs=True).remove]
 
-    def take_off() -> None:
-        for handle in handles:
-            handle.remove()
-        _owners.pop(decoder, None)
-        detach()
+    def detach() -> None:
+        for take_off in takers:
+            take_off()
 
-    return take_off
+    return detach
 
 
 inhibit_cross_modality = Switch(_NAME, settings=_settings, attach=_attach)
+_handover = Handover(_NAME, _find_images, _begin, lambda model: inhibit_cross_modality.active(model) is not None)
