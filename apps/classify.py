@@ -1,8 +1,9 @@
-"""`attnsuite classify`: the most likely classes of every image."""
+"""`attnsuite classify`: the most likely classes of every image, the network's own or such as are given in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,7 +11,10 @@ from .batch.stage import Batch, Column, Compute, Row, Stage
 from .errors import UsageError
 from .models import Network
 
-__all__ = ["Classify"]
+if TYPE_CHECKING:
+    from .clip.tower import Words
+
+__all__ = ["Classify", "in_words"]
 
 
 class Classify(Stage):
@@ -58,3 +62,24 @@ class Classify(Stage):
             row[f"label_{rank}"] = self.network.labels[index]
             row[f"prob_{rank}"] = round(probability, 6)
         return row
+
+
+def in_words(labels: str | None, templates: Sequence[str] | None, clip: bool) -> Words | None:
+    """The classes that the user gives, if any.
+
+    Args:
+        labels: `--labels`.
+        templates: `--template`.
+        clip: Whether a CLIP was named, which has no classes of its own.
+
+    Raises:
+        UsageError: They cannot be read, or an option lacks the labels that it is about.
+    """
+    if labels is None:
+        if clip or templates:
+            which = "--clip and --clip-checkpoint" if clip else "--template"
+            raise UsageError(f"{which}: this is about labels in words; give them: --labels 'cat, dog'")
+        return None
+    from .clip.tower import read_words
+
+    return read_words(labels, templates)

@@ -8,16 +8,18 @@ from typing import Annotated
 import typer
 
 from . import options as opt
+from .clip.choice import ClipChoice
 from .generate.command import SeveralSubjects, generate
 from .models import ModelChoice, SegmenterChoice
+from .scanpath.command import scanpath
 from .verb import verb
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="attnsuite",
-    help="Published attention, ready to use: label, embed, explain, segment and generate images; list models; keep "
-    "weights.",
+    help="Published attention, ready to use: label, embed, search, explain, segment and generate images; list models; "
+    "keep weights.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,20 +40,45 @@ def classify(
     reading: opt.Reading,
     writing: opt.Writing,
     model: ModelChoice,
+    clip: ClipChoice,
     machine: opt.Compiled,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Labels an image; 5, or all if there are fewer.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORDS",
+            help="Labels of your own, 'cat, dog' or @FILE with one a line, told apart by a CLIP.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="With --labels: a sentence such as 'a photo of a {}', may be repeated; else the 80 of ImageNet.",
+            show_default=False,
+        ),
     ] = None,
 ) -> int:
     """The most likely labels of every image.
 
     Example: attnsuite classify photos -o labels.csv
+
+    Example: attnsuite classify photos --labels "cat, dog, a red car"
     """
-    from .classify import Classify
+    from .classify import Classify, in_words
     from .run import RunOptions, finish, run
 
-    options = RunOptions(reading, model, writing, machine)
-    summary = run("classify", options, lambda net, compute, _: Classify(net, compute, top_k), {"top_k": top_k})
+    words = in_words(labels, template, clip.named)
+    options = RunOptions(reading, model if words is None else clip.instead_of(model), writing, machine)
+    summary = run(
+        "classify",
+        options,
+        lambda net, compute, _: Classify(net if words is None else words.named(net, compute.device), compute, top_k),
+        {"top_k": top_k, **(words.facts() if words else {})},
+    )
     return finish(summary, writing.as_json)
 
 
@@ -61,6 +88,7 @@ def embed(
     reading: opt.Reading,
     writing: opt.Writing,
     model: ModelChoice,
+    clip: ClipChoice,
     machine: opt.Compiled,
     stage: Annotated[
         int | None,
@@ -72,13 +100,54 @@ def embed(
     """The features of every image as one vector.
 
     Example: attnsuite embed photos -o features.parquet
+
+    Example: attnsuite embed photos -o features.parquet --clip ViT-B-32   (to search in them by words)
     """
     from .embed import Embed
     from .run import RunOptions, finish, run
 
-    options = RunOptions(reading, model, writing, machine)
+    options = RunOptions(reading, clip.instead_of(model) if clip.named else model, writing, machine)
     summary = run("embed", options, lambda net, compute, _: Embed(net, compute, stage), {"stage": stage})
     return finish(summary, writing.as_json)
+
+
+@app.command()
+@verb
+def search(
+    reading: opt.Searching,
+    clip: ClipChoice,
+    machine: opt.Compiled,
+    query: Annotated[
+        list[str] | None,
+        typer.Option("--query", "-q", metavar="TEXT", help="What to search for; may be repeated.", show_default=False),
+    ] = None,
+    queries: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file with one query a line.", show_default=False)
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Images a query.")] = 10,
+    output: opt.Output = None,
+    as_json: opt.Json = False,
+    overwrite: opt.Overwrite = False,
+) -> int:
+    """The images that show best what is asked for in words, in folders or in features saved by `embed --clip`.
+
+    Example: attnsuite search photos "a red car"
+
+    Example: attnsuite search features.parquet -q "a red car" -q "a cat on a sofa" -o hits.csv
+    """
+    from .clip.search import check, read_queries, say, show, write
+    from .clip.search import search as find
+
+    if output is not None:
+        check(output, overwrite)
+    inputs, asked = read_queries(reading.inputs, query, queries)
+    found = find(replace(reading, inputs=inputs), asked, clip, machine, top_k)
+    if output is None:
+        show(found, as_json)
+    else:
+        write(found.rows, output)
+    say(found, output, as_json)
+    return 1 if found.failed else 0
 
 
 @app.command()
@@ -179,6 +248,7 @@ def segment(
 
 
 app.command(cls=SeveralSubjects)(generate)
+app.command()(verb(scanpath))
 
 
 @app.command()

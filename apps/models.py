@@ -21,6 +21,7 @@ from .options import Checkpoint, Model, RandomWeights
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
+    from PIL.Image import Image
     from torch import nn
 
     import weights
@@ -31,6 +32,7 @@ __all__ = [
     "Network",
     "ResolvedModel",
     "SegmenterChoice",
+    "cached",
     "digest",
     "label_names",
     "load",
@@ -103,12 +105,14 @@ class Network:
         label: What rows call it.
         labels: Names of its classes; empty for a network without a classifier.
         data_config: timm's description of the input it expects.
+        transform: From an RGB picture to uint8 pixels `(C, H, W)`; None for timm's own by `data_config`.
     """
 
     module: nn.Module
     label: str
     labels: Sequence[str]
     data_config: dict[str, Any]
+    transform: Callable[[Image], Any] | None = None
 
 
 def resolve(choice: ModelChoice) -> ResolvedModel:
@@ -361,7 +365,7 @@ def _load_hub(resolved: ResolvedModel) -> nn.Module:
     import timm
 
     repository = resolved.choice.name.partition(":")[2]
-    if _cached(repository, ("config.json",)) is None:
+    if cached(repository, ("config.json",)) is None:
         require_hub(repository, resolved.label)
     try:
         return timm.create_model(resolved.choice.name, pretrained=True)
@@ -377,18 +381,19 @@ def _load_timm(resolved: ResolvedModel) -> nn.Module:
     overlay = {}
     if config is not None and config.hf_hub_id:
         files = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
-        cached = _cached(config.hf_hub_id, files)
-        if cached is None:
+        here = cached(config.hf_hub_id, files)
+        if here is None:
             require_hub(config.hf_hub_id, resolved.label)
         elif not config.custom_load:
-            overlay = {"file": cached}  # the hub client would first wait for a network that may not be there
+            overlay = {"file": here}  # the hub client would first wait for a network that may not be there
     try:
         return timm.create_model(resolved.choice.name, pretrained=True, pretrained_cfg_overlay=overlay or None)
     except (RuntimeError, OSError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"{resolved.label} cannot be loaded: {_mismatch(error)}; {_NO_WEIGHTS}") from error
 
 
-def _cached(repository: str, files: Sequence[str]) -> str | None:
+def cached(repository: str, files: Sequence[str]) -> str | None:
+    """Path of the first of these files that the hub's cache on this machine has of `OWNER/NAME[@REVISION]`."""
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = repository.partition("@")

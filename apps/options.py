@@ -26,6 +26,7 @@ __all__ = [
     "RandomWeights",
     "Reading",
     "Resume",
+    "Searching",
     "Threads",
     "Writing",
     "WritingPictures",
@@ -38,6 +39,14 @@ Images = Annotated[
     typer.Argument(
         metavar="INPUT",
         help="Image files, folders, quoted patterns such as 'photos/**/*.jpg', and .tar shards.",
+        show_default=False,
+    ),
+]
+ImagesAndText = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT… [TEXT]",
+        help="Images as for classify, and .csv, .jsonl, .parquet that embed --clip wrote; then what to search for.",
         show_default=False,
     ),
 ]
@@ -177,6 +186,13 @@ class Reading:
 
         named = [encode_path(argument) for argument in self.inputs]
         return {"inputs": named, "recursive": self.recursive, "glob": self.glob, "limit": self.limit}
+
+
+@dataclass(frozen=True)
+class Searching(Reading):
+    """The same for a verb that also takes files of features, and whose last argument may be a text."""
+
+    inputs: ImagesAndText = field()
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Stage(ABC):
         config = network.data_config
         self._mean = 255 * torch.tensor(config["mean"], device=compute.device).view(1, -1, 1, 1)
         self._std = 255 * torch.tensor(config["std"], device=compute.device).view(1, -1, 1, 1)
-        self.decoder = decoder or _decoder(config, view_size)
+        self.decoder = decoder or _decoder(network, view_size)
 
     @property
     @abstractmethod
@@ -199,11 +199,12 @@ class Stage(ABC):
         return on_device.float().sub_(self._mean).div_(self._std)
 
 
-def _decoder(config: dict[str, Any], view_size: int) -> Decoder:
-    """timm's own evaluation transform, up to the uint8 pixels; the rest is done on the batch."""
+def _decoder(network: Network, view_size: int) -> Decoder:
+    """The network's own transform or timm's for evaluation, up to the uint8 pixels; the rest is done on the batch."""
     from timm.data.transforms_factory import create_transform
 
+    config = network.data_config
     channels, *size = config["input_size"]
-    transform: Any = create_transform(**config, is_training=False, normalize=False)
-    framing = Framing((size[0], size[1]), config["crop_pct"], config["crop_mode"])
+    transform: Any = network.transform or create_transform(**config, is_training=False, normalize=False)
+    framing = Framing((size[0], size[1]), config.get("crop_pct", 1.0), config.get("crop_mode", "center"))
     return Decoder(transform, framing, channels, view_size)
