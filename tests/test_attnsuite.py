@@ -46,7 +46,7 @@ print(json.dumps({
     "before": before,
     "new": sorted(set(after) - set(before)),
     "taken": [name for name in before if origin[name].split(".")[0] != "timm"],
-    "published": [e.name for e in attnsuite.weights.entries() if e.source == "url"],
+    "published": [e.name for e in attnsuite.weights.entries() if e.source == "url" and e.library == "timm"],
     "pretrained": timm.list_pretrained(),
     "version": attnsuite.__version__,
     "weights": attnsuite.weights.__file__,

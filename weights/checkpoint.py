@@ -21,7 +21,7 @@ from .manifest import WeightsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["differences", "load_state_dict", "save_state_dict"]
+__all__ = ["differences", "load_state_dict", "names_of_safetensors", "save_state_dict"]
 
 _NESTING_KEYS = ("model", "state_dict")  # in this order; never an EMA copy, as the official loaders have it
 _WRAPPER_PREFIX = "module."
@@ -70,6 +70,16 @@ def load_state_dict(path: str | os.PathLike[str], *, key: str | None = None, mma
         raise WeightsError(f"{path} is a folder; a checkpoint file (.safetensors, .pth) is expected")
     content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path, mmap)
     return _strip_wrapper(_unwrap(content, key, path))
+
+
+def names_of_safetensors(path: Path) -> set[str] | None:
+    """Names of the tensors in a safetensors file, by its header alone; None for a file of another format."""
+    from safetensors import safe_open
+
+    if not _is_safetensors(path):
+        return None
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
 
 
 def save_state_dict(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -33,7 +33,7 @@ class Entry:
 
     Attributes:
         name: Architecture and tag, such as `litv2_small.in1k`.
-        architecture: The timm name of the network, such as `litv2_small`.
+        architecture: The name of the network, such as `litv2_small`.
         family: The method it belongs to, such as `litv2`.
         source: `"url"`: fetched on first use; `"package"`: a file inside an installed Python package.
         license: SPDX-like identifier as timm writes it (lower case).
@@ -50,8 +50,10 @@ class Entry:
         top1: Published ImageNet-1K top-1 accuracy in per cent, where there is one.
         key: Where the state dict lies inside the official file; None if it is the file.
         default: Whether the bare architecture name means this checkpoint.
+        library: Whose networks `architecture` is one of: timm's registered names, or the models of transformers.
         model_args: Keyword arguments the network must be built with for these weights.
         notes: What a user should know besides.
+        terms: What the licence keeps a user from doing, said before the file is fetched; None where it is permissive.
     """
 
     name: str
@@ -72,8 +74,10 @@ class Entry:
     top1: float | None = None
     key: str | None = None
     default: bool = False
+    library: Literal["timm", "transformers"] = "timm"
     model_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
     notes: str | None = None
+    terms: str | None = None
 
     @property
     def tag(self) -> str:

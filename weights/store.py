@@ -18,12 +18,13 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import load_state_dict, save_state_dict
+from .checkpoint import load_state_dict, names_of_safetensors, save_state_dict
 from .download import Progress, download
 from .manifest import Entry, WeightsError, entry
 
@@ -98,7 +99,9 @@ def fetch(name: str, *, progress: Progress | None = None, force: bool = False) -
         part, url = folder / _PART, _address(e)
         if force:
             part.unlink(missing_ok=True)
-        _logger.info("fetching %s from %s", e.name, url)
+        _logger.info("fetching %s from %s, licence %s", e.name, url, e.license)
+        if e.terms:
+            _logger.warning("%s: %s", e.name, e.terms)
         _download(e, url, part, progress)
         state_dict = _read_arrived(e, url, part)
         _install(e, folder, state_dict, source=url, official=part)
@@ -246,7 +249,10 @@ def _install(
     staged = folder / f"staged-{_FILE}"  # timm tells the format by the suffix
     card_staged = folder / f"staged-{_CARD}"
     try:
-        save_state_dict(state_dict, staged, {"name": e.name, "license": e.license, "source": source})
+        if names_of_safetensors(official) == set(state_dict):
+            _copy(official, staged)
+        else:
+            save_state_dict(state_dict, staged, {"name": e.name, "license": e.license, "source": source})
         if check:
             _check_fits(e, staged, source)
         card = _card(e, source, official, staged)
@@ -260,6 +266,13 @@ def _install(
     finally:
         staged.unlink(missing_ok=True)
         card_staged.unlink(missing_ok=True)
+
+
+def _copy(official: Path, staged: Path) -> None:
+    """Takes a file that is what we would write, without a way through memory that large ones do not fit in."""
+    shutil.copyfile(official, staged)
+    with open(staged, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _check_fits(e: Entry, file: Path, source: str) -> None:

@@ -156,6 +156,18 @@ def test_fetch_brings_what_a_server_has_and_names_what_it_has_not(run, official,
     assert again.code == 0 and "fetching" not in again.err, "it is here already"
 
 
+def test_fetch_says_first_what_a_licence_asks(run, mirror, tmp_path):
+    torch.save({"model_state_dict": {"module.w": torch.ones(2)}}, tmp_path / "mirror/aki_4b.phi3_5_mini.pth")
+    server = {"env": {"ATTNSUITE_HOME": str(tmp_path / "store"), "ATTNSUITE_MIRROR": mirror}}
+    done = run("weights", "fetch", "aki_4b", **server)
+    assert done.code == 0 and done.out.startswith("aki_4b.phi3_5_mini: "), done.err
+    terms, fetching = done.err.splitlines()
+    assert terms.startswith("aki_4b.phi3_5_mini: CC BY-NC 4.0") and "no commercial use" in terms
+    assert fetching == "fetching aki_4b.phi3_5_mini"
+    listed = json.loads(run("weights", "list", "aki*", "--json", **server).out)
+    assert [(fact["license"], fact["path"] is not None) for fact in listed] == [("cc-by-nc-4.0", True)]
+
+
 def test_a_verb_fetches_the_weights_it_needs(run, official, mirror, tmp_path):
     shutil.move(official, tmp_path / "mirror/litv2_small.in1k.pth")
     server = {"env": {"ATTNSUITE_HOME": str(tmp_path / "store"), "ATTNSUITE_MIRROR": mirror}}

@@ -20,7 +20,7 @@ def test_every_published_checkpoint_of_both_methods_is_known():
 @pytest.mark.parametrize("e", weights.entries(), ids=lambda e: e.name)
 def test_an_entry_is_complete(e: weights.Entry):
     assert e.name.startswith(f"{e.architecture}.") and e.tag
-    assert e.license in ("apache-2.0", "mit")
+    assert e.license in ("apache-2.0", "mit") or e.terms
     assert e.citation.startswith(("@inproceedings{", "@article{")) and e.paper in e.citation
     assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", e.paper_url)
     assert e.origin_url.startswith("https://github.com/")
@@ -59,6 +59,14 @@ def test_pattern_selects_by_name_or_architecture():
 def test_entries_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         weights.entry("litv2_small").url = "https://example.org"  # type: ignore[misc]
+
+
+def test_aki_is_known_with_what_its_licence_asks():
+    entry = weights.entry("aki_4b")
+    assert entry.name == "aki_4b.phi3_5_mini" and entry.library == "transformers"
+    assert entry.license == "cc-by-nc-4.0" and entry.terms is not None and "no commercial use" in entry.terms
+    assert entry.url == "https://huggingface.co/Sony/AKI-4B-phi-3.5-mini/resolve/main/model.safetensors"
+    assert [e.name for e in weights.entries() if e.terms] == [entry.name]
 
 
 @pytest.mark.parametrize("e", weights.entries(), ids=lambda e: e.name)

@@ -365,6 +365,37 @@ def test_import_takes_other_layouts_of_the_same_names(store: Path, tensors, tmp_
     check_store(store, tensors)
 
 
+def test_a_file_that_is_safetensors_already_is_taken_byte_for_byte(server: FileServer, store: Path, tensors, tmp_path):
+    weights.save_state_dict(tensors, tmp_path / "official.safetensors", {"written by": "others"})
+    official = (tmp_path / "official.safetensors").read_bytes()
+    server.content = official
+    assert weights.fetch(NAME).read_bytes() == official
+    check_store(store, tensors)
+    weights.import_file(NAME, tmp_path / "official.safetensors")
+    check_store(store, tensors)
+    assert (store / NAME / "model.safetensors").read_bytes() == official == server.content
+    assert weights.verify(NAME) == "ok (not pinned)"
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    weights.save_state_dict(wrapped, tmp_path / "wrapped.safetensors")
+    weights.import_file(NAME, tmp_path / "wrapped.safetensors")
+    check_store(store, tensors)  # under other names it is written anew
+
+
+def test_terms_are_said_before_the_first_byte_is_asked_for(
+    server: FileServer, tensors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    weights.save_state_dict(tensors, tmp_path / "official.safetensors")
+    server.content = (tmp_path / "official.safetensors").read_bytes()
+    said_at: list[str] = []
+    weights.fetch("aki_4b", progress=lambda done, total: said_at.append(caplog.text))
+    assert "aki_4b.phi3_5_mini: CC BY-NC 4.0" in said_at[0] and "no commercial use" in said_at[0]
+    card = json.loads(weights.path_of("aki_4b").with_name("card.json").read_text())  # type: ignore[union-attr]
+    assert card["license"] == "cc-by-nc-4.0"
+    caplog.clear()
+    weights.fetch("aki_4b")
+    assert caplog.text == "", "it is here already"
+
+
 def test_import_refuses_what_is_no_checkpoint_or_needs_none(tmp_path: Path):
     (tmp_path / "x.pth").write_bytes(b"nothing")
     with pytest.raises(weights.WeightsError, match=r"x\.pth"):
