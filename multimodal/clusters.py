@@ -1,12 +1,67 @@
-"""Tokens that are alike, put together: K-Means under cosine similarity, in batches, and weighted means."""
+"""VMTC as functions of features and scores: primary tokens, K-Means under cosine similarity, weighted means.
+
+See :mod:`multimodal.vmtc` for the paper and for what of it is ours.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["best_members", "merge", "spherical_kmeans"]
+__all__ = ["Compressed", "compress", "merge", "spherical_kmeans"]
+
+
+class Compressed(NamedTuple):
+    """Fewer tokens of a batch of pictures.
+
+    Attributes:
+        features: Of those that are left, in the order of the picture, `[B, K, C]`.
+        index: Which tokens these were, ascending, `[B, K]`; of a merged one, its highest-scoring member.
+        target: Which of the `N` tokens each went into, `[B, N]`: itself, a merged one, or -1 where it was dropped.
+    """
+
+    features: Tensor
+    index: Tensor
+    target: Tensor
+
+
+def compress(features: Tensor, scores: Tensor, num_kept: int, num_merged: int, *, rounds: int = 10) -> Compressed:
+    """Keeps the tokens with the highest scores and merges the others; a batch of pictures with as many tokens each.
+
+    Args:
+        features: `[B, N, C]`. Gradients flow through what is kept and merged, not through the choice of it.
+        scores: `[B, N]`, not negative.
+        num_kept: Primary tokens, which stay as they are.
+        num_merged: Tokens that the others are merged into; with 0 they are dropped.
+        rounds: Of K-Means, at most.
+
+    Returns:
+        `num_kept + num_merged` tokens, or all that there are.
+    """
+    B, N = scores.shape
+    if num_kept + num_merged >= N:
+        index = torch.arange(N, device=features.device).expand(B, N)
+        return Compressed(features, index, index)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    primary, others = order[:, :num_kept], order[:, num_kept:].sort(1).values  # [B, P], [B, R]
+    target = torch.full_like(order, -1).scatter(1, primary, primary)
+    left, index = _take(features, primary), primary
+    if num_merged:
+        redundant, weights = _take(features, others), scores.gather(1, others)
+        assignment = spherical_kmeans(redundant.detach(), num_merged, weights, rounds=rounds)
+        place = others.gather(1, _best_members(assignment, weights, num_merged))  # [B, M]
+        target = target.scatter(1, others, place.gather(1, assignment))
+        left = torch.cat([left, merge(redundant, assignment, weights, num_merged)], 1)
+        index = torch.cat([primary, place], 1)
+    index, by_place = index.sort(1)
+    return Compressed(_take(left, by_place), index, target)
+
+
+def _take(features: Tensor, index: Tensor) -> Tensor:
+    return features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
 
 
 @torch.no_grad()
@@ -78,7 +133,7 @@ def merge(features: Tensor, assignment: Tensor, scores: Tensor, clusters: int) -
     return merged.to(features.dtype)
 
 
-def best_members(assignment: Tensor, scores: Tensor, clusters: int) -> Tensor:
+def _best_members(assignment: Tensor, scores: Tensor, clusters: int) -> Tensor:
     """The member of each cluster with the highest score, `[B, M]`."""
     outside = F.one_hot(assignment, clusters).transpose(1, 2) == 0  # [B, M, R]
     return scores[:, None].masked_fill(outside, -torch.inf).argmax(2)

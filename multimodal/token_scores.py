@@ -3,13 +3,15 @@
 The score of a patch is the attention that it receives in one layer of the vision encoder: from the class token where
 there is one, else from all patches on average. :func:`importance` computes just that from the layer's input, so that
 the encoder may run with any attention implementation. An image token then stands for one patch, for the mean of
-several, or, in pictures of any resolution, for a line break: see :data:`TO_TOKENS`.
+several, for a line break in pictures of any resolution (see :data:`TO_TOKENS`), or for what a latent of AKI's resampler
+read of all patches.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,7 +26,16 @@ from transformers.vision_utils import get_vision_window_index
 from .attention import uncompiled
 from .layout import arguments_of, family_of
 
-__all__ = ["TO_TOKENS", "Heard", "importance", "listen_to", "listening", "packed_importance", "token_scores"]
+__all__ = [
+    "TO_TOKENS",
+    "Heard",
+    "importance",
+    "listen_to",
+    "listening",
+    "packed_importance",
+    "scored_attention",
+    "token_scores",
+]
 
 _CHUNK_BYTES = 64 * 2**20  # of attention weights at once
 
@@ -90,56 +101,96 @@ class Heard:
 
     Attributes:
         scores: Of its patches, in one piece or, if it ran several times, in several.
+        before_connector: Changes the features `[B, P, C]` that a connector of LLaVA or PaliGemma gets, if given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before_connector: Callable[[Heard, Tensor], Tensor] | None = None) -> None:
         self.scores: list[Tensor] = []
+        self.before_connector = before_connector
 
 
 _heard = ContextVar[Heard | None]("what is heard of a vision encoder", default=None)
 
 
 @contextmanager
-def listening() -> Iterator[Heard]:
+def listening(before_connector: Callable[[Heard, Tensor], Tensor] | None = None) -> Iterator[Heard]:
     """Collects the scores of patches that are encoded in this thread, by a model that is listened to."""
-    token = _heard.set(heard := Heard())
+    token = _heard.set(heard := Heard(before_connector))
     try:
         yield heard
     finally:
         _heard.reset(token)
 
 
-def listen_to(model: PreTrainedModel) -> Callable[[], None]:
-    """Hangs what :func:`listening` needs on a model's vision encoder; returns what takes it off.
+def scored_attention(model: PreTrainedModel) -> nn.Module:
+    """The attention of the vision encoder whose weights rank the patches.
 
     Raises:
-        TypeError: If it is not known where the vision encoder's attention is.
+        TypeError: If it is not known where that is.
     """
-    family = family_of(model)
+    find = family_of(model).vision_attention
     try:
-        attention = None if family.vision_attention is None else family.vision_attention(model)
-        class_token = family.class_token(model)
+        attention = None if find is None else find(model)
     except AttributeError:
         attention = None
     if attention is None:
         raise TypeError(
             f"the attention of the vision encoder of this {type(model).__name__} cannot be read; give score='norm'"
         )
+    return attention
 
-    def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if (heard := _heard.get()) is None:
-            return
-        given = arguments_of(attention, args, kwargs or {})
-        if hasattr(attention, "qkv"):
-            own = packed_importance(
-                attention, given["hidden_states"], given["position_embeddings"], given["cu_seqlens"]
-            )
-        else:
-            mask = given.get("attention_mask")
-            own = importance(attention, given["hidden_states"], class_token=class_token, mask=mask)
-        heard.scores.append(own)
 
-    return attention.register_forward_pre_hook(uncompiled(hear), with_kwargs=True).remove
+def listen_to(model: PreTrainedModel) -> Callable[[], None]:
+    """Hangs what :func:`listening` needs on a model's vision encoder and connector; returns what takes it off."""
+    takers = []
+    if (connector := getattr(model.base_model, "multi_modal_projector", None)) is not None:
+        takers.append(connector.register_forward_pre_hook(uncompiled(_change)).remove)
+    if (resampler := getattr(model, "vision_tokenizer", None)) is not None:
+        last: nn.Module = resampler.layers[-1][0]
+        takers.append(last.register_forward_pre_hook(uncompiled(_pass_on)).remove)
+    with suppress(TypeError):  # tokens can be ranked without
+        attention, class_token = scored_attention(model), family_of(model).class_token(model)
+        hear = functools.partial(_hear, class_token)
+        takers.append(attention.register_forward_pre_hook(uncompiled(hear), with_kwargs=True).remove)
+
+    def take_off() -> None:
+        for each in takers:
+            each()
+
+    return take_off
+
+
+def _change(connector: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    heard = _heard.get()
+    return None if heard is None or heard.before_connector is None else (heard.before_connector(heard, args[0]),)
+
+
+def _hear(class_token: bool, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    if (heard := _heard.get()) is None:
+        return
+    given = arguments_of(attention, args, kwargs or {})
+    hidden = given["hidden_states"]
+    if hasattr(attention, "qkv"):
+        scores = packed_importance(attention, hidden, given["position_embeddings"], given["cu_seqlens"])
+    else:
+        scores = importance(attention, hidden, class_token=class_token, mask=given.get("attention_mask"))
+    heard.scores.append(scores)
+
+
+@torch.no_grad()
+def _pass_on(resampling: Any, args: tuple[Tensor, Tensor]) -> None:
+    """In AKI's last resampler layer: a latent's score is that of the patches `[B, P]`, as far as it attends to them."""
+    if (heard := _heard.get()) is None:
+        return
+    features, latents = args
+    latents = resampling.norm_latents(latents)  # [B, V, C]
+    key = resampling.to_kv(torch.cat((resampling.norm_media(features), latents), 1)).chunk(2, -1)[0]
+    query, key = (
+        tokens.unflatten(-1, (resampling.num_heads, -1)).transpose(1, 2).float()
+        for tokens in (resampling.to_q(latents), key)
+    )
+    weights = (query @ key.transpose(2, 3) / resampling.head_dim**0.5).softmax(-1).mean(1)  # [B, V, P + V]
+    heard.scores[-1] = (weights[..., : features.shape[1]] @ heard.scores[-1][..., None])[..., 0]
 
 
 @torch.no_grad()

@@ -17,25 +17,24 @@ stood.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import uncompiled
-from .clusters import best_members, merge, spherical_kmeans
+from .clusters import Compressed, compress, merge, spherical_kmeans
 from .hooks import around_generate
 from .layout import VisualLayout, arguments_of, cache_of, family_of, find_layout
 from .shorten import Positions, Shorter, shorten
 from .switches import Switch
-from .token_scores import listen_to, listening, token_scores
+from .token_scores import Heard, listen_to, listening, scored_attention, token_scores
 
 __all__ = [
     "Compressed",
@@ -51,57 +50,8 @@ __all__ = [
 Score = Literal["attention", "norm"]
 
 _NAME = "visual token compression"
+_ONE_TOKEN_A_PATCH = ("llava", "paligemma")
 _ROUNDING = 1e-4  # of a share times a count, so that 0.1 of 30 tokens are 3
-
-
-class Compressed(NamedTuple):
-    """Fewer tokens of a batch of pictures.
-
-    Attributes:
-        features: Of those that are left, in the order of the picture, `[B, K, C]`.
-        index: Which tokens these were, ascending, `[B, K]`; of a merged one, its highest-scoring member.
-        target: Which of the `N` tokens each went into, `[B, N]`: itself, a merged one, or -1 where it was dropped.
-    """
-
-    features: Tensor
-    index: Tensor
-    target: Tensor
-
-
-def compress(features: Tensor, scores: Tensor, num_kept: int, num_merged: int, *, rounds: int = 10) -> Compressed:
-    """Keeps the tokens with the highest scores and merges the others; a batch of pictures with as many tokens each.
-
-    Args:
-        features: `[B, N, C]`. Gradients flow through what is kept and merged, not through the choice of it.
-        scores: `[B, N]`, not negative.
-        num_kept: Primary tokens, which stay as they are.
-        num_merged: Tokens that the others are merged into; with 0 they are dropped.
-        rounds: Of K-Means, at most.
-
-    Returns:
-        `num_kept + num_merged` tokens, or all that there are.
-    """
-    B, N = scores.shape
-    if num_kept + num_merged >= N:
-        index = torch.arange(N, device=features.device).expand(B, N)
-        return Compressed(features, index, index)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    primary, others = order[:, :num_kept], order[:, num_kept:].sort(1).values  # [B, P], [B, R]
-    target = torch.full_like(order, -1).scatter(1, primary, primary)
-    left, index = _take(features, primary), primary
-    if num_merged:
-        redundant, weights = _take(features, others), scores.gather(1, others)
-        assignment = spherical_kmeans(redundant.detach(), num_merged, weights, rounds=rounds)
-        place = others.gather(1, best_members(assignment, weights, num_merged))  # [B, M]
-        target = target.scatter(1, others, place.gather(1, assignment))
-        left = torch.cat([left, merge(redundant, assignment, weights, num_merged)], 1)
-        index = torch.cat([primary, place], 1)
-    index, by_place = index.sort(1)
-    return Compressed(_take(left, by_place), index, target)
-
-
-def _take(features: Tensor, index: Tensor) -> Tensor:
-    return features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -150,6 +100,7 @@ class Compression:
     score: Score
     rounds: int
     positions: Positions
+    before_connector: bool
     last: Shortened | None = field(default=None, repr=False, compare=False)
 
     def split(self, count: int) -> tuple[int, int]:
@@ -179,6 +130,7 @@ def _settings(
     score: Score = "attention",
     rounds: int = 10,
     positions: Positions = "consecutive",
+    before_connector: bool = False,
 ) -> Compression:
     """Visual token compression (VMTC): fewer image tokens, the telling ones kept and the others merged.
 
@@ -198,6 +150,8 @@ def _settings(
         rounds: Of K-Means, at most.
         positions: Positions of the language model close up ('consecutive'), or stay those of the whole prompt
             ('source'). Those in three dimensions (Qwen-VL) always stay.
+        before_connector: Tokens are merged as the vision encoder gives them, which its connector then maps; for LLaVA
+            and PaliGemma, which have one token for each patch.
 
     Raises:
         TypeError: For a model of no supported family, one whose vision encoder is not known, or one that was compiled.
@@ -219,8 +173,13 @@ def _settings(
         if value not in get_args(choices):
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(choices)))}")
     if score == "attention":
-        listen_to(model)()  # raises where it cannot
-    return Compression(keep_ratio, num_tokens, float(merge_share), score, int(rounds), positions)
+        scored_attention(model)
+    if before_connector and model.config.model_type not in _ONE_TOKEN_A_PATCH:
+        raise ValueError(
+            f"before_connector=True is for {' and '.join(_ONE_TOKEN_A_PATCH)}; the connector of a "
+            f"{type(model).__name__} needs all patches in their places"
+        )
+    return Compression(keep_ratio, num_tokens, float(merge_share), score, int(rounds), positions, before_connector)
 
 
 def _with_fewer_tokens(model: Any, given: dict[str, Any], settings: Compression, cached: int) -> dict[str, Any]:
@@ -228,47 +187,70 @@ def _with_fewer_tokens(model: Any, given: dict[str, Any], settings: Compression,
     if (ids := given.get("input_ids")) is None:
         raise ValueError(f"{_NAME} finds image tokens by their ids; give input_ids, not inputs_embeds alone")
     layout = find_layout(model, ids, given.get("attention_mask"), offset=cached)
-    encoded, features, scores = _encode(model, given, settings.score)
-    sizes = _sizes(model, encoded.pooler_output, layout)
-    if sum(sizes) != len(features) or sum(sizes) != int(layout.image.sum()):
-        raise ValueError(
-            f"the prompt has {int(layout.image.sum())} image tokens, but the pictures make {len(features)}; give each "
-            "picture its place in the prompt, as the model's processor does"
-        )
-    compressed = _compress_each(features.split(sizes), scores.split(sizes), settings)
-    left = [own.features for own in compressed]
-    encoded.pooler_output = torch.stack(left) if isinstance(encoded.pooler_output, Tensor) else left
+    encoded, scores, compressed = _encode(model, given, layout, settings)
+    sizes = [len(own) for own in scores]
+    _check_count(layout, sum(sizes))
     changed = {**given, "mm_encoder_outputs": {"image": encoded}}
     del changed["pixel_values"]
 
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
     stays = torch.ones_like(layout.image)
-    of_image = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-    of_image[torch.cat([own.index + start for own, start in zip(compressed, starts, strict=True)])] = True
-    stays[layout.image] = of_image.to(stays.device)
+    left = torch.cat([own.index + start for own, start in zip(compressed, starts, strict=True)])
+    stays[layout.image] = (
+        torch.zeros(sum(sizes), dtype=torch.bool).to(left.device).scatter(0, left, True).to(stays.device)
+    )
     shorter = Shorter.of(stays, layout.valid)
     if not stays.all():
         changed = shorten(model, changed, layout, shorter, settings.positions, cached)
     rows = layout.image.nonzero()[starts, 0].tolist()
     pictures = [
         Picture(row, own_scores, own.index, own.target)
-        for row, own_scores, own in zip(rows, scores.split(sizes), compressed, strict=True)
+        for row, own_scores, own in zip(rows, scores, compressed, strict=True)
     ]
     settings.last = Shortened(pictures, shorter.columns, shorter.valid.long())
     return changed
 
 
-def _encode(model: Any, given: dict[str, Any], score: Score) -> tuple[Any, Tensor, Tensor]:
-    """The output of the model's vision part, the image tokens' features `[N, C]` and their scores `[N]`."""
+def _encode(
+    model: Any, given: dict[str, Any], layout: VisualLayout, settings: Compression
+) -> tuple[Any, Sequence[Tensor], list[Compressed]]:
+    """The output of the model's vision part, compressed; each picture's scores, and what is left of its tokens."""
     encode = model.base_model.get_image_features
     names = [name for name in inspect.signature(encode).parameters if given.get(name) is not None]
     inputs = {name: given[name] for name in names}
-    with listening() as heard:
+    inside: list[tuple[Sequence[Tensor], list[Compressed]]] = []
+
+    def rank(heard: Heard, features: Tensor) -> Tensor:
+        if settings.score == "norm":
+            return features.detach().float().norm(dim=-1)
+        return token_scores(model, heard, inputs, len(features)).to(features.device)
+
+    def compress_inside(heard: Heard, features: Tensor) -> Tensor:  # [B, P, C]
+        scores = rank(heard, features.flatten(0, 1)).view(features.shape[:2])
+        inside.append((list(scores), _compress_each(list(features), list(scores), settings)))
+        return torch.stack([own.features for own in inside[-1][1]])
+
+    with listening(compress_inside if settings.before_connector else None) as heard:
         encoded = encode(**inputs, return_dict=True)
-    features = torch.cat([own.flatten(0, -2) for own in encoded.pooler_output])
-    if score == "norm":
-        return encoded, features, features.detach().float().norm(dim=-1)
-    return encoded, features, token_scores(model, heard, inputs, len(features)).to(features.device)
+    if inside:
+        return encoded, *inside[0]
+    features = torch.cat([own.flatten(0, -2) for own in encoded.pooler_output])  # [N, C]
+    sizes = _sizes(model, encoded.pooler_output, layout)
+    _check_count(layout, len(features), sum(sizes))
+    scores = rank(heard, features).split(sizes)
+    compressed = _compress_each(features.split(sizes), scores, settings)
+    left = [own.features for own in compressed]
+    encoded.pooler_output = torch.stack(left) if isinstance(encoded.pooler_output, Tensor) else left
+    return encoded, scores, compressed
+
+
+def _check_count(layout: VisualLayout, made: int, placed: int | None = None) -> None:
+    found = int(layout.image.sum())
+    if made != found or (placed is not None and placed != made):
+        raise ValueError(
+            f"the prompt has {found} image tokens, but the pictures make {made}; give each picture its place in the "
+            "prompt, as the model's processor does"
+        )
 
 
 def _sizes(model: PreTrainedModel, features: Any, layout: VisualLayout) -> list[int]:
@@ -367,9 +349,8 @@ def _attach(model: PreTrainedModel) -> Callable[[], None]:
         # Before all others: the prompt that these see is the shorter one.
         model.register_forward_pre_hook(uncompiled(_before), with_kwargs=True, prepend=True).remove,
         around_generate(model, _around_generate, outermost=True),
+        listen_to(model),
     ]
-    with contextlib.suppress(TypeError):  # tokens can be ranked without
-        takers.append(listen_to(model))
 
     def detach() -> None:
         for take_off in takers:
