@@ -133,8 +133,9 @@ class CropCNN(nn.Module):
             raise ValueError(f"crops of {height} x {width}: expected {self.crop_size}; with a pyramid any will do.")
         if (smallest := 3 * self.pools[0] + 4) > min(height, width) and self.has_pyramid:
             raise ValueError(f"a crop of {height} x {width}: expected {smallest} or more along each side; enlarge it.")
-        x = self.pool1(self.conv1(2 * crops - 1).relu())  # grey is 0
-        return self.pool2(self.conv2(x).relu())
+        x = (2 * crops - 1).contiguous(memory_format=torch.channels_last)  # grey is 0
+        x = self.pool1(self.conv1(x)).relu()  # as the other way round, on fewer numbers
+        return self.pool2(self.conv2(x)).relu()
 
 
 class FrozenBackbone(nn.Module):
