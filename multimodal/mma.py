@@ -1,0 +1,413 @@
+"""Modality-mutual attention (MMA): images read the question that is asked about them.
+
+The method is that of Wang et al., "Seeing is Understanding: Unlocking Causal Attention into Modality-Mutual Attention
+for Multimodal LLMs" (AKI, 2025), https://arxiv.org/abs/2503.02597; the authors' code is
+https://github.com/sony/aki (CC BY-NC 4.0). In a prompt the image comes before the question, so under a causal mask no
+image token can read what is asked. MMA opens one rectangle of the mask, from image queries to the keys of the question:
+
+    allowed(i, j) = (j <= i)  or  (i in image  and  j in question)
+
+All else stays: text is causal, images among themselves too, no parameter is added and the cache is as large as before.
+
+The authors' code knows one image and one question in a row: the text from the image to the row's first assistant
+marker, that included. What it leaves open is ours: several images and turns, padding on the left, the text that is open
+where no marker ends it, and the scopes other than "segment". All three scopes give the authors' mask in their case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices, or_masks
+
+from .attention import IMPLEMENTATIONS, base_implementation
+from .hooks import Handover, around_generate
+from .layout import VisualLayout, cache_of, family_of, find_layout
+from .switches import Switch
+
+__all__ = [
+    "MutualAttention",
+    "Scope",
+    "Spans",
+    "find_spans",
+    "modality_mutual_attention",
+    "mutual_mask",
+    "open_mask",
+    "refuse_leaks",
+]
+
+Scope = Literal["segment", "question", "all"]
+
+_NAME = "modality-mutual attention"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What a mask is opened for: token i also sees a later token j where `query[:, i] == key[:, j]`.
+
+    Attributes:
+        query: Number of the span that a token looks into, -1 for none, `[B, L]` int64.
+        key: Number of the span that a token lies in, -2 for none, `[B, L]` int64.
+    """
+
+    query: Tensor
+    key: Tensor
+
+    @property
+    def opened(self) -> Tensor:
+        """The pairs that are seen though the key comes later, `[B, L, L]` bool."""
+        pairs = self.query[:, :, None] == self.key[:, None, :]
+        return pairs & torch.ones_like(pairs[0]).triu(1)
+
+    def to(self, device: torch.device) -> Spans:
+        """The same on another device."""
+        return Spans(self.query.to(device), self.key.to(device))
+
+    def overlay(self, first: int) -> Callable[..., Tensor]:
+        """:attr:`opened` as a function of batch, head, query and key index, for tokens that begin at `first`."""
+        length, last = self.query.shape[1], self.query.shape[1] - 1
+
+        def opened(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            q, k = query, key - first
+            inside = (k > q) & (k < length)
+            return inside & (self.query[batch, q.clamp(0, last)] == self.key[batch, k.clamp(0, last)])
+
+        return opened
+
+
+def find_spans(
+    layout: VisualLayout, stops: Tensor | None = None, *, scope: Scope = "segment", end: int | None = None
+) -> Spans:
+    """Which text each image sees.
+
+    Args:
+        layout: Of the sequences.
+        stops: Markers that end a question, `[B, L]` bool. An image sees no text without a marker behind it. Without
+            `stops` questions end with the sequence, or at `end`.
+        scope: "segment": the text between an image and the next one, up to the first marker, that included. Images next
+            to each other share what follows. "question": all text up to the first marker, behind later images too.
+            "all": the paper's general form, where all text and all images see each other; `stops` are not looked at.
+        end: Text from here on is answer, which no image sees.
+    """
+    text = layout.text
+    before_end = text if end is None else text & (torch.arange(text.shape[1], device=text.device) < end)
+    if scope == "all":
+        outside = torch.where(text, 1, -1)
+        return Spans(
+            query=torch.where(layout.image, 0, outside),
+            key=torch.where(before_end, 0, torch.where(layout.image, 1, -2)),
+        )
+    marks = torch.zeros_like(text) if stops is None else stops & before_end
+    turn = marks.cumsum(1) - marks.long()  # markers before: a marker belongs to the question that it ends
+    # Of an image the count of text before it, which images next to each other have in common; of text its image's.
+    segment = torch.where(layout.image, text.cumsum(1), -1).cummax(1).values
+    span = turn if scope == "question" else turn * (text.shape[1] + 1) + segment + 1
+    looks = layout.image if stops is None else layout.image & (turn < marks.sum(1, keepdim=True))
+    return Spans(query=torch.where(looks, span, -1), key=torch.where(before_end, span, -2))
+
+
+def mutual_mask(
+    input_ids: Tensor,
+    *,
+    image_token_id: int,
+    tokens_per_image: int,
+    stop_token_id: int | Collection[int] | None,
+    attention_mask: Tensor | None = None,
+    scope: Scope = "segment",
+) -> Tensor:
+    """The mask of modality-mutual attention by itself, for networks that are not of transformers.
+
+    Args:
+        input_ids: `[B, N]` int, with one id for each image.
+        image_token_id: That id.
+        tokens_per_image: How many image tokens take its place. Give 1 where the ids are repeated already.
+        stop_token_id: Marker, or markers, that end a question; None where it ends with the sequence.
+        attention_mask: `[B, N]`, 0 at padding.
+        scope: As of :func:`find_spans`.
+
+    Returns:
+        `[B, 1, L, L]` bool, True where query (second to last) attends to key. Rows that are shorter for having fewer
+        images are padded: on the left where some row was so, else on the right. Rows of padding may see nothing.
+
+    Raises:
+        ValueError: For shapes that do not fit, no tokens for an image, or an unknown scope.
+    """
+    _check_scope(scope)
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length]")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}; "
+            "they must be the same"
+        )
+    if tokens_per_image < 1:
+        raise ValueError(f"tokens_per_image={tokens_per_image} must be at least 1")
+    ids, valid = _expanded(input_ids, image_token_id, tokens_per_image, attention_mask)
+    image = (ids == image_token_id) & valid
+    layout = VisualLayout(image, torch.where(image, 0, -1), torch.zeros_like(image), valid)
+    spans = find_spans(layout, _stops(ids, _stop_ids(stop_token_id)), scope=scope)
+    causal = torch.ones_like(spans.opened[0]).tril()
+    return ((causal | spans.opened) & valid[:, None, :])[:, None]
+
+
+def _expanded(ids: Tensor, image_id: int, count: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ids with the image's repeated, and what is not padding, both `[B, L]`."""
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    repeats = torch.where((ids == image_id) & valid, count, 1)
+    side = "left" if bool((~valid[:, 0]).any()) else "right"
+
+    def grow(rows: Tensor) -> Tensor:
+        grown = [row.repeat_interleave(times) for row, times in zip(rows, repeats, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(grown, batch_first=True, padding_side=side)
+
+    return grow(ids), grow(valid)
+
+
+def _stop_ids(stop_token_id: int | Collection[int] | None) -> tuple[int, ...] | None:
+    if stop_token_id is None:
+        return None
+    ids = (stop_token_id,) if isinstance(stop_token_id, int) else tuple(stop_token_id)
+    if not ids or not all(isinstance(one, int) and one >= 0 for one in ids):
+        raise ValueError(
+            f"stop_token_id={stop_token_id!r} must be the id of the marker that ends a question, several ids, or None; "
+            "tokenizer.convert_tokens_to_ids gives it"
+        )
+    return ids
+
+
+def _stops(input_ids: Tensor, stop_ids: tuple[int, ...] | None) -> Tensor | None:
+    if stop_ids is None:
+        return None
+    return torch.isin(input_ids, torch.tensor(stop_ids, dtype=input_ids.dtype, device=input_ids.device))
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope={scope!r} must be one of {', '.join(map(repr, get_args(Scope)))}")
+
+
+def open_mask(decoder: PreTrainedModel, given: dict[str, Any], spans: Spans) -> Any:
+    """The attention mask of a decoder's forward, opened where images look.
+
+    Args:
+        decoder: A language model of transformers.
+        given: The arguments of its forward by name: `inputs_embeds`, a mask `[B, K]` or one that is prepared already,
+            and the cache, if any.
+        spans: Of the tokens of this forward.
+
+    Returns:
+        A prepared mask, as the decoder takes it: a tensor `[B, 1, L, K]`, a `BlockMask`, or one of them for each kind
+        of layer. What its own mask shows stays seen, and padding is not.
+
+    Raises:
+        ValueError: For an attention implementation that takes no such mask, or for several sequences in one row.
+    """
+    _check_implementation(decoder)
+    embeds, cache, mask = given["inputs_embeds"], cache_of(given), given.get("attention_mask")
+    spans = spans.to(embeds.device)
+    if not (isinstance(mask, dict | BlockMask) or (isinstance(mask, Tensor) and mask.ndim == 4)):
+        _refuse_packed(decoder, given)
+        mask = create_masks_for_generate(decoder.config, embeds, mask, cache)
+    if not isinstance(mask, dict):
+        return _opened(mask, spans, cache, 0)
+    kinds = decoder.config.layer_types
+    # Masks of kinds that no layer is of are not used.
+    return {kind: _opened(own, spans, cache, kinds.index(kind)) if kind in kinds else own for kind, own in mask.items()}
+
+
+def _opened(mask: Tensor | BlockMask | None, spans: Spans, cache: Cache | None, layer: int) -> Tensor | BlockMask:
+    """A layer's mask, opened; None is plain causal."""
+    length = spans.query.shape[1]
+    keys, offset = (length, 0) if cache is None else cache.get_mask_sizes(length, layer)
+    first = (0 if cache is None else int(cache.get_seq_length())) - offset  # column of the forward's first token
+    if isinstance(mask, BlockMask):
+        both = or_masks(mask.mask_mod, spans.overlay(first))
+        batch = len(spans.query)
+        return create_block_mask(both, batch, None, *mask.seq_lengths, device=spans.query.device)
+    if mask is None:
+        columns = torch.arange(keys, device=spans.query.device)
+        mask = (columns <= columns[first : first + length, None])[None, None]
+    opened = F.pad(spans.opened, (first, mask.shape[-1] - first - length))[:, None]  # [B, 1, L, K]
+    return mask | opened if mask.dtype == torch.bool else mask.masked_fill(opened, 0)
+
+
+def _refuse_packed(decoder: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Several sequences in one row are told by positions that begin anew, where there is neither mask nor cache."""
+    positions, use_cache = given.get("position_ids"), given.get("use_cache")
+    caches = cache_of(given) is not None or (decoder.config.use_cache if use_cache is None else use_cache)
+    if positions is None or given.get("attention_mask") is not None or caches:
+        return
+    positions = positions[0] if positions.shape[0] == 4 and positions.ndim == 3 else positions
+    if positions.ndim == 2 and find_packed_sequence_indices(positions) is not None:
+        raise ValueError(
+            f"position_ids with gaps and no attention_mask mean several sequences in one row, which {_NAME} does not "
+            "tell apart; give attention_mask, with one sequence in a row"
+        )
+
+
+def _check_implementation(decoder: PreTrainedModel) -> None:
+    if (name := base_implementation(decoder)) not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={name!r} takes no mask in which images see later text; call "
+            f"model.set_attn_implementation(…) with one of {', '.join(IMPLEMENTATIONS)} first"
+        )
+
+
+def refuse_leaks(spans: Spans, labels: Tensor | None) -> None:
+    """Refuses labels on tokens that an image before them has seen, whose prediction would be read off there.
+
+    Args:
+        spans: Of the sequences.
+        labels: `[B, L]`, -100 where nothing is to be predicted.
+
+    Raises:
+        ValueError: Where there are such labels.
+    """
+    if labels is None:
+        return
+    seen = spans.opened.any(1)  # by an earlier token, [B, L]
+    if labels.shape != seen.shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; for these input_ids it must be {tuple(seen.shape)}")
+    leaks = seen & (labels.to(seen.device) != -100)
+    if leaks.any():
+        row, column = leaks.nonzero()[0].tolist()
+        raise ValueError(
+            f"{int(leaks.sum())} labels, the first at [{row}, {column}], stand on text that images see under {_NAME}, "
+            "from which it would be read instead of learnt; set labels to -100 up to the answer, and give "
+            "stop_token_id=…, the marker before the answer"
+        )
+
+
+@dataclass(frozen=True)
+class MutualAttention:
+    """Settings of :func:`modality_mutual_attention`, which documents them."""
+
+    stop_token_ids: tuple[int, ...] | None
+    scope: Scope
+    frame_token_ids: frozenset[int] | None
+
+    def spans(
+        self, model: PreTrainedModel, input_ids: Tensor, mask: Any = None, *, offset: int = 0, end: int | None = None
+    ) -> Spans:
+        """Which text each image of a batch sees; arguments as of `find_layout` and :func:`find_spans`."""
+        layout = find_layout(model, input_ids, mask, offset=offset, frame_token_ids=self.frame_token_ids)
+        return find_spans(layout, _stops(input_ids, self.stop_token_ids), scope=self.scope, end=end)
+
+
+def _settings(
+    model: PreTrainedModel,
+    *,
+    stop_token_id: int | Collection[int] | None = None,
+    scope: Scope = "segment",
+    frame_token_ids: Collection[int] | None = None,
+) -> MutualAttention:
+    """Modality-mutual attention (MMA): image tokens attend to the question that follows them.
+
+    The whole of a prompt has to be in one call: an image's keys and values depend on the question, so that a cache that
+    ends between the two is of no use.
+
+    Args:
+        model: A vision-language model of a supported family with an attention implementation of `eager`, `sdpa` or
+            `flex_attention`.
+        stop_token_id: Marker that ends a question, such as that of the assistant's turn; or several. Images see the
+            text up to it, itself included, and none without one behind. By default that of the model's configuration
+            (AKI). Where there is none, they see the text up to the end of the prompt, that is of what `generate` or
+            the first forward is given.
+        scope: "segment": the text between an image and the next one, as the authors' code has it for one image.
+            "question": all text of the same turn, behind later images too. "all": the paper's general form, where all
+            text and all images of a prompt see each other; not for training.
+        frame_token_ids: As of :func:`multimodal.layout.find_layout`.
+
+    Raises:
+        TypeError: For a model of no supported family, or one that was compiled.
+        ValueError: For wrong options, or an attention implementation that takes no such mask (FlashAttention). On a
+            forward or `generate`: for a prompt without images, a prompt that is given in parts, or labels on text that
+            images see.
+    """
+    family_of(model)
+    _check_implementation(model.get_decoder())
+    _check_scope(scope)
+    if stop_token_id is None:
+        stop_token_id = getattr(model.config, "stop_token_id", None)
+    frames = None if frame_token_ids is None else frozenset(frame_token_ids)
+    return MutualAttention(_stop_ids(stop_token_id), scope, frames)
+
+
+class _Found(NamedTuple):
+    """What is known before a forward of a model under the switch."""
+
+    spans: Spans | None
+
+
+_generating = ContextVar[tuple[PreTrainedModel, int] | None]("generating from a prompt of this length", default=None)
+
+
+def _look(model: PreTrainedModel, given: dict[str, Any]) -> _Found | None:
+    """Before a model's forward: what its images see."""
+    if (settings := modality_mutual_attention.active(model)) is None:
+        return None
+    if (ids := given.get("input_ids")) is None:
+        raise ValueError(f"{_NAME} finds image tokens by their ids; give input_ids, not inputs_embeds alone")
+    cache = cache_of(given)
+    first = 0 if cache is None else int(cache.get_seq_length())
+    if first and ids.shape[1] == 1:  # nothing comes after a single token
+        return _Found(None)
+    generating = _generating.get()
+    end = generating[1] - first if generating is not None and generating[0] is model else None
+    spans = settings.spans(model, ids, given.get("attention_mask"), offset=first, end=end)
+    if not first:
+        _refuse_text_alone(model, ids)
+    refuse_leaks(spans, given.get("labels"))
+    return _Found(spans)
+
+
+def _refuse_text_alone(model: PreTrainedModel, ids: Tensor) -> None:
+    if not (ids == family_of(model).image_token_id(model)).any():
+        raise ValueError(
+            f"no image token is in input_ids, so {_NAME} has nothing to open; leave the switch for text alone, and "
+            "give a prompt with images in one piece"
+        )
+
+
+def _begin(decoder: PreTrainedModel, given: dict[str, Any], found: _Found) -> dict[str, Any]:
+    """Before the decoder's forward: opens its mask."""
+    if found.spans is None:
+        return given
+    return {**given, "attention_mask": open_mask(decoder, given, found.spans)}
+
+
+def _around_generate(model: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """`generate`, whose images see no text that is generated."""
+    if modality_mutual_attention.active(model) is None:
+        return call(**given)
+    ids = given.get("input_ids")
+    ids = given.get("inputs") if ids is None else ids
+    if ids is None:
+        raise ValueError(f"{_NAME} finds image tokens by their ids; give input_ids, not inputs_embeds alone")
+    token = _generating.set((model, ids.shape[1]))
+    try:
+        return call(**given)
+    finally:
+        _generating.reset(token)
+
+
+def _attach(model: PreTrainedModel) -> Callable[[], None]:
+    takers = [_handover.attach(model), around_generate(model, _around_generate)]
+
+    def detach() -> None:
+        for take_off in takers:
+            take_off()
+
+    return detach
+
+
+modality_mutual_attention = Switch(_NAME, settings=_settings, attach=_attach)
+_handover = Handover(_NAME, _look, _begin, lambda model: modality_mutual_attention.active(model) is not None)
