@@ -78,15 +78,19 @@ class Handover(Generic[Found]):
             decoder.register_forward_pre_hook(torch.compiler.disable(self._before_decoder), with_kwargs=True),
         ]
 
+        here = weakref.ref(decoder)  # an applied switch keeps no model alive
+
         def detach() -> None:
             for handle in handles:
                 handle.remove()
-            self._owners.pop(decoder, None)
+            if (decoder := here()) is not None:
+                self._owners.pop(decoder, None)
 
         return detach
 
-    def _before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (found := self._find(model, arguments_of(model, args, kwargs))) is not None:
+    # Another thread may take a hook off while torch goes through them; torch then no longer knows that it takes kwargs.
+    def _before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is not None and (found := self._find(model, arguments_of(model, args, kwargs))) is not None:
             self._running.set(_Forward(model.get_decoder(), found, self._running.get()))
 
     def _after(self, model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
@@ -94,8 +98,12 @@ class Handover(Generic[Found]):
         if running is not None and running.decoder is model.get_decoder():
             self._running.set(running.outer)
 
-    def _before_decoder(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_decoder(
+        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any:
         running = self._running.get()
+        if kwargs is None:
+            return None
         if running is not None and running.decoder is decoder:
             return (), self._begin(decoder, arguments_of(decoder, args, kwargs), running.found)
         owner = self._owners.get(decoder, lambda: None)()
@@ -128,8 +136,12 @@ def around_generate(model: PreTrainedModel, around: Around, *, outermost: bool =
             model.generate = types.MethodType(_generate, model)  # type: ignore[method-assign]
         _wrapped[model] = tuple(sorted((*entries, entry), key=lambda each: each.outermost))
 
+    here = weakref.ref(model)
+
     def leave() -> None:
         with _lock:
+            if (model := here()) is None:
+                return
             _wrapped[model] = tuple(each for each in _wrapped[model] if each is not entry)
             if not _wrapped[model]:
                 del _wrapped[model], model.generate
