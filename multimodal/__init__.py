@@ -1,6 +1,6 @@
 """Attention switched on in vision-language models of transformers, and off again.
 
-Three switches, each a context manager and, by `.apply`, a handle; on the model that you have already, alone or together:
+Three switches, each a context manager and, by `.apply`, a handle; on the model that you have, alone or together:
 
     with compress_visual_tokens(model, keep_ratio=0.25), inhibit_cross_modality(model):
         tokens = model.generate(**inputs)

@@ -1,9 +1,9 @@
 """Two places that a switch hangs on in a model of transformers, and how what it finds in the one gets to the other.
 
 A prompt's tokens are seen where the model's forward begins; what is to act on them sits in its decoder, the language
-model inside. :class:`Handover` takes what a hook at the first place finds to a hook at the second, within one forward of
-one thread. :func:`around_generate` runs something around `generate`, whatever else does, and in whatever order these
-come and go.
+model inside. :class:`Handover` takes what a hook at the first place finds to a hook at the second, within one forward
+of one thread. :func:`around_generate` runs something around `generate`, whatever else does, and in whatever order
+these come and go.
 """
 
 from __future__ import annotations
