@@ -67,8 +67,8 @@ class VisualLayout:
 
     Attributes:
         image: Image tokens, `[B, L]` bool.
-        block: Which picture of its row an image token belongs to, counted from 0; -1 elsewhere, `[B, L]` int64. Tiles of
-            one picture are one block. Pictures with no token at all between them, as LLaVA allows, look like one.
+        block: Which picture of its row an image token belongs to, counted from 0; -1 elsewhere, `[B, L]` int64. Tiles
+            of one picture are one block. Pictures with no token at all between them, as LLaVA allows, look like one.
         frame: Markers that belong to a picture and are neither image nor text, `[B, L]` bool.
         valid: What is not padding, `[B, L]` bool.
     """
