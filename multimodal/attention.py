@@ -108,7 +108,8 @@ class Call:
         layer: Index of the layer.
         query: `[B, H, L, d]`, with positions applied.
         key, value: `[B, G, K, d]` with `G` key-value heads, cached ones included.
-        mask: As the layer got it: None for plain causal, bool (True is seen), float (added), or a `BlockMask`.
+        mask: As the layer got it: None for causality alone, bool (True is seen), float (added), or a `BlockMask`.
+        causal: Whether queries see no later key where there is no mask. PaliGemma's layers see all.
         scaling: What the product of query and key is multiplied by.
         softcap: Scores are capped softly at this value (Gemma 2), if given.
         first: Position of the first query in the sequence.
@@ -119,6 +120,7 @@ class Call:
     key: Tensor
     value: Tensor
     mask: Tensor | BlockMask | None
+    causal: bool
     scaling: float
     softcap: float | None
     first: int
@@ -169,6 +171,8 @@ class Call:
         if isinstance(mask, BlockMask):
             mask = self._dense(mask, rows)
         elif mask is None:
+            if not self.causal:
+                return scores
             keys = torch.arange(self.key.shape[2], device=scores.device) + self.key_offset
             mask = keys <= rows[:, None] + self.first  # [t, K]
         else:
@@ -287,13 +291,15 @@ def _between(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     for unknown in ("s_aux", "position_bias"):
         if others.get(unknown) is not None:
             raise ValueError(f"{type(module).__name__} has {unknown!r} in its softmax, which is not supported")
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    call = Call(module.layer_idx, query, key, value, mask, scaling, softcap, between.first)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    call = Call(module.layer_idx, query, key, value, mask, causal, scaling, softcap, between.first)
     pieces = between.reweigh(call) if between.reweigh is not None else None
     told = []
     if pieces is None:

@@ -222,6 +222,21 @@ def test_generating_with_a_cache_is_the_full_forward(family: Any, implementation
     assert model.get_decoder().config._attn_implementation == implementation
 
 
+def test_prompts_that_are_seen_in_both_directions():
+    model, _ = tiny.paligemma()
+    inputs = tiny.batch(model, [tiny.PROMPTS[0]])
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    with switch(model):
+        out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True)
+        whole = continued(inputs, out.sequences)
+        whole["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, 4), value=1)
+        torch.testing.assert_close(torch.stack(out.logits, 1), logits(model, whole)[:, -5:-1], atol=1e-4, rtol=0)
+    del inputs["token_type_ids"]  # there is no mask then, and SDPA sees in both directions all the same
+    plain = logits(model, inputs)
+    with switch(model, keep_ratio=1):
+        same(logits(model, inputs), plain)
+
+
 @families
 def test_text_reads_exactly_its_share_and_images_read_as_before(family: Any):
     model, inputs = family()
