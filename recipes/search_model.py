@@ -3,8 +3,8 @@
     python -m recipes.search_model --out weights/search_scenes
 
 An `OAT` learns from searches of `recipes.search_scenes`, of which it sees the crops, as anybody's model would learn
-from recorded scanpaths. Scenes are drawn anew for each step, so that nothing can be learnt by heart, and each is searched
-several times: encoding a scene costs more than a search of it, and more searches tell more of why one goes where.
+from recorded scanpaths. Scenes are drawn anew for each step, so that nothing can be learnt by heart, and each is
+searched several times, for several targets: looking at the crops of a scene costs more than a search of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vision.scanpath.scenes import PAD, Scenes
 
 __all__ = ["SHIPPED", "Searches", "draw_searches", "likelihoods", "searches_of", "small", "step_loss", "train"]
 
-SEARCHES = 8  # of each scene of a batch
+TARGETS, SEARCHES = 4, 2  # of each scene of a batch, and of each of its targets
 STEPS, LEARNING_RATE, WARMUP = 1500, 4e-3, 0.1
 SEED = 0
 _PARTS = 6  # of a batch, by length
@@ -92,15 +92,16 @@ def draw_searches(
     Args:
         rng: where randomness comes from.
         grids: rows and columns, taken at random.
-        num_objects: of a batch, about.
+        num_objects: of a batch, about; each scene comes with `TARGETS` targets.
         with_looks: render crops.
     """
     searcher = Searcher()
     while True:
         rows, columns = grids[int(rng.integers(len(grids)))]
         scenes = sample_scenes(rng, max(1, round(num_objects / (rows * columns))), rows, columns)
-        paths = searcher.search(rng, scenes, SEARCHES)
-        yield searches_of(scenes, paths, render(scenes) if with_looks else None)
+        several = scenes.with_targets(rng.integers(rows * columns, size=(len(scenes), TARGETS)))
+        paths = searcher.search(rng, several, SEARCHES)
+        yield searches_of(several, paths, render(scenes) if with_looks else None)
 
 
 def step_loss(model: OAT, searches: Searches) -> Tensor:

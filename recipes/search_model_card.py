@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from recipes.markov_search import fit_markov, fit_markov_target
-from recipes.search_model import GRIDS, LEARNING_RATE, SEARCHES, SEED, likelihoods, searches_of
+from recipes.search_model import GRIDS, LEARNING_RATE, SEARCHES, SEED, TARGETS, likelihoods, searches_of
 from recipes.search_scenes import CROP_SIZE, Searcher, render, sample_scenes
 from vision.scanpath.decoding import sample
 from vision.scanpath.metrics import behaviour, behavioural_delta, next_object
@@ -60,8 +60,8 @@ library_name: attnsuite
 # search_scenes
 
 A small OAT (object-level attention transformer for scanpaths): {parameters:.2f} M parameters, crops of {height} x
-{width} pixels, any grid of up to {rows} rows and {columns} columns. It was trained on synthetic searches, no data of people
-among them: it shows what such a model does, and is no model of how people search in your pictures.
+{width} pixels, any grid of up to {rows} rows and {columns} columns. It was trained on synthetic searches, no data of
+people among them: it shows what such a model does, and is no model of how people search in your pictures.
 
 ```python
 model = vision.scanpath.checkpoint.load(weights.shipped("search_scenes"))
@@ -74,8 +74,8 @@ model = vision.scanpath.checkpoint.load(weights.shipped("search_scenes"))
 - **Measured** in nats per token on 100 fresh scenes with 4 searches each: less is better, and nothing can be expected
   to be below the searcher itself. The gap is that between Markov + jump to the target and the searcher. Delta is the
   mean relative error of five habits (share found, length, shares of new, repeated and revisited objects), on samples.
-- **Data**: `recipes/search_scenes.py`, drawn anew for each step: grids of {least} to {most} objects, {searches}
-  searches of each scene.
+- **Data**: `recipes/search_scenes.py`, drawn anew for each step: grids of {least} to {most} objects,
+  {targets} targets for each scene and {searches} searches for each of them.
 - **Training**: `python -m recipes.search_model --out weights/search_scenes`, seed {seed}, {steps} steps, AdamW with a
   rate of up to {rate:g}, {minutes:.0f} minutes of one CPU thread.
 - **Input**: crops as `vision.scanpath.appearance.cut(picture, objects, ({height}, {width}))` makes them, RGB from 0 to
@@ -103,6 +103,7 @@ def card(model: OAT, steps: int, minutes: float) -> str:
         table="\n".join(lines),
         least=min(sizes),
         most=max(sizes),
+        targets=TARGETS,
         searches=SEARCHES,
         seed=SEED,
         steps=steps,

@@ -11,7 +11,7 @@ the crops. The world is ours, made so that lengths and habits are about those of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import numpy as np
@@ -94,6 +94,11 @@ class SearchScenes:
         """Some of the scenes."""
         arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("rows", "columns")}
         return SearchScenes(self.rows, self.columns, **arrays)
+
+    def with_targets(self, targets: Integers) -> SearchScenes:
+        """Each of the scenes K times in a row, searched for other targets, `[B, K]`."""
+        several = self.select(np.arange(len(self)).repeat(targets.shape[1]))
+        return replace(several, targets=targets.ravel())
 
 
 def sample_scenes(rng: np.random.Generator, num: int, rows: int = 3, columns: int = 9) -> SearchScenes:
@@ -336,9 +341,14 @@ def to_model(scenes: SearchScenes, looks: Tensor | None = None) -> Scenes:
 
     Args:
         scenes: B of them.
-        looks: of `render`, or other looks of the `B * N` objects; None for a model that looks at nothing.
+        looks: of `render`, or other looks of the `B * N` objects; of fewer, where each scene comes several times in a
+            row with other targets, its looks once; None for a model that looks at nothing.
     """
     cells = torch.from_numpy(np.stack(np.divmod(np.arange(scenes.rows * scenes.columns), scenes.columns), 1)).float()
     positions = cells.expand(len(scenes), -1, -1)
     counts = torch.full((len(scenes),), len(cells))
-    return Scenes(positions, torch.from_numpy(scenes.targets), counts, looks)
+    shared = 1 if looks is None else len(scenes) * len(cells) // len(looks)
+    look_of = None
+    if shared > 1 and looks is not None:
+        look_of = torch.arange(len(looks)).view(-1, len(cells)).repeat_interleave(shared, 0).flatten()
+    return Scenes(positions, torch.from_numpy(scenes.targets), counts, looks, look_of)

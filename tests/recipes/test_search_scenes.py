@@ -193,6 +193,20 @@ def test_a_model_gets_the_cells_row_by_row():
 FITS = (fit_uniform, fit_centre, fit_markov, fit_markov_target)
 
 
+def test_several_targets_of_a_scene_share_its_looks():
+    scenes = sample_scenes(np.random.default_rng(0), 2, 2, 3)
+    targets = np.array([[0, 4, 4], [5, 1, 0]])
+    several = scenes.with_targets(targets)
+    assert several.targets.tolist() == targets.ravel().tolist() and (several.rows, several.columns) == (2, 3)
+    for n in range(6):
+        assert several.hue[n].tolist() == scenes.hue[n // 3].tolist()
+    looks = render(scenes)
+    given = to_model(several, looks)
+    assert given.looks is looks and given.look_of is not None and len(given.look_of) == int(given.counts.sum())
+    assert torch.equal(looks[given.look_of], render(several))
+    assert to_model(scenes, looks).look_of is None and to_model(several).look_of is None
+
+
 def test_what_knows_more_is_nearer_to_the_searcher(searches: tuple):
     scenes, paths, scene_of = searches
     train, test = slice(0, 800), slice(800, 1200)

@@ -263,8 +263,9 @@ class OAT(nn.Module):
         """Appearance of the objects, `[B, N, C_a]`."""
         if self.appearance is None:
             return self.blank.expand(*scenes.mask.shape, -1)
-        if scenes.looks is None or len(scenes.looks) != int(scenes.counts.sum()):
-            given = "none" if scenes.looks is None else len(scenes.looks)
+        own = scenes.looks if scenes.look_of is None else scenes.look_of
+        if scenes.looks is None or own is None or len(own) != int(scenes.counts.sum()):
+            given = "none" if scenes.looks is None or own is None else len(own)
             raise ValueError(
                 f"looks of {given} of {int(scenes.counts.sum())} objects: appearance={self.config.appearance!r} needs "
                 "one of each; build the model with appearance='none' where there are none."
@@ -275,7 +276,7 @@ class OAT(nn.Module):
             raise ValueError(f"looks: expected features, {self.config.feature_dim} numbers of each object.")
         known = self.appearance_norm(self.appearance(scenes.looks))  # [M, C_a]
         looks = self.blank.to(known.dtype).repeat(*scenes.mask.shape, 1)
-        looks[scenes.mask] = known
+        looks[scenes.mask] = known if scenes.look_of is None else known[scenes.look_of]
         return looks
 
     def _middle(self, scenes: Scenes) -> Tensor:

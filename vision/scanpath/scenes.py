@@ -30,12 +30,15 @@ class Scenes:
         counts: `[B]`, int64, number of objects.
         looks: of all objects of all scenes end to end, without padding: crops `[M, 3, H, W]` or M of `[3, H, W]`, RGB
             from 0 to 1; or features `[M, F]`; None where looks are not known.
+        look_of: which of `looks` each object has, `[M]`, where scenes share them, as those of one picture with several
+            targets do: each look then costs the model once. None where each object has its own, in order.
     """
 
     positions: Tensor
     targets: Tensor
     counts: Tensor
     looks: Tensor | tuple[Tensor, ...] | None = None
+    look_of: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -50,7 +53,8 @@ class Scenes:
         looks = self.looks
         looks = tuple(look.to(device) for look in looks) if isinstance(looks, tuple) else looks
         looks = looks.to(device) if isinstance(looks, Tensor) else looks
-        return Scenes(self.positions.to(device), self.targets.to(device), self.counts.to(device), looks)
+        look_of = None if self.look_of is None else self.look_of.to(device)
+        return Scenes(self.positions.to(device), self.targets.to(device), self.counts.to(device), looks, look_of)
 
     @classmethod
     def stack(

@@ -226,6 +226,25 @@ def test_scanpaths_of_one_scene_share_its_encoding():
     torch.testing.assert_close(together[2, :2], model(alone, torch.tensor([[11]]))[0])
 
 
+def test_scenes_share_looks_that_are_seen_once():
+    model, scenes = OAT(SEEING).eval(), seeing_scenes((2, 3), (2, 2))
+    assert isinstance(scenes.looks, Tensor) and model.appearance is not None
+    index = torch.tensor([0, 0, 1])
+    own = torch.cat((scenes.looks[:6], scenes.looks))  # the first scene's twice
+    several = [part[index] for part in (scenes.positions, torch.tensor([3, 2]), scenes.counts)]
+    several[1][1] = 0  # with another target
+    look_of = torch.tensor([*range(6), *range(10)])
+    seen: list[int] = []
+    model.appearance.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    shared = model.encode(Scenes(*several, scenes.looks, look_of).to("cpu"))
+    alone = model.encode(Scenes(*several, own))
+    assert seen == [10, 16]
+    torch.testing.assert_close(shared.memory, alone.memory)
+    assert not torch.allclose(shared.memory[0], shared.memory[1])
+    with pytest.raises(ValueError, match="looks of 15 of 16 objects"):
+        model.encode(Scenes(*several, scenes.looks, look_of[:-1]))
+
+
 def test_the_decoder_is_told_when_the_target_is_fixated():
     encoded = OAT(BLIND).eval().encode(Scenes.stack([cells(2, 2)], [2]))
     code = PositionCode("distance", 72, (6, 6))
