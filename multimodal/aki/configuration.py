@@ -189,7 +189,7 @@ def _read_published(published: dict[str, Any]) -> dict[str, Any]:
         read["text_config"] = text
         if (window := getattr(text, "sliding_window", None)) and window >= text.max_position_embeddings:
             text.sliding_window = None
-    image_size = read["vision_config"].image_size if vision is not None else _SIGLIP_SO400M["image_size"]
+    image_size = _SIGLIP_SO400M["image_size"] if vision is None else getattr(vision, "vision_config", vision).image_size
     if n_px not in (None, image_size):
         raise ValueError(
             f"this config.json has n_px={n_px}, but its vision tower takes pictures of {image_size} pixels"

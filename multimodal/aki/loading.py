@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,19 @@ def load_aki(
         **kwargs: As `from_pretrained` takes them: `dtype`, `device_map`, `attn_implementation`, …
 
     Raises:
+        FileNotFoundError: `source` is nothing of these.
         weights.WeightsError: The file cannot be had or read.
         ValueError: Weights are missing, are not AKI's, or have other shapes; the message names them.
     """
     path = Path(source)
-    if not path.exists() and _is_known(str(source)):
-        path = weights.fetch(str(source))
+    if not path.exists():
+        if _is_known(str(source)):
+            path = weights.fetch(str(source))
+        elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+            raise FileNotFoundError(
+                f"{str(source)!r} is no file or folder here, no checkpoint of AKI in the manifest (aki_4b) and no hub "
+                "id (OWNER/NAME)"
+            )
     if not path.is_file():
         return AkiForConditionalGeneration.from_pretrained(source, config=config, **kwargs)
     state_dict = weights.load_state_dict(path, key="model_state_dict", mmap=True)

@@ -14,6 +14,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .configuration import AkiConfig
+from .mutual import mutual_arguments, note_unfinished
 from .resampler import PerceiverResampler
 from .vocabulary import ExtendedEmbedding, ExtendedHead
 
@@ -35,9 +36,9 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = AkiConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
-    _no_split_modules = ("PerceiverResampler", "ExtendedEmbedding", "ExtendedHead")
+    _no_split_modules = {"PerceiverResampler", "ExtendedEmbedding", "ExtendedHead"}  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -73,7 +74,7 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: Weights are missing, unknown or of another shape; the message names them.
         """
         told = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
+        model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         _refuse_other_weights(info, pretrained_model_name_or_path)
@@ -88,16 +89,16 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.lang_model.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.lang_model.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lang_model.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.lang_model.lm_head = new_embeddings
 
-    def get_decoder(self) -> nn.Module:
+    def get_decoder(self) -> PreTrainedModel:
         """The language model without its output layer."""
         return self.lang_model.model
 
@@ -159,7 +160,8 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: `(B, L)`, 0 for padding; or a mask that is prepared already.
             position_ids: `(B, L)`.
             cache: Keys and values of the tokens before.
-            inputs_embeds: `(B, L, C)` instead of `input_ids`; images are then told by their embedding.
+            inputs_embeds: `(B, L, C)` instead of `input_ids`; images and the end of a question are then told by the
+                embeddings of their ids.
             labels: `(B, L)`, -100 where nothing is to be predicted, which it must be up to the answer: images have
                 seen the question.
             use_cache: Whether to return keys and values.
@@ -171,28 +173,25 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             `loss`, `logits` `(B, L, V)`, `cache`, `hidden_states`, `attentions`, `image_outputs`.
 
         Raises:
-            ValueError: Pictures and image ids do not match; or labels stand where an image has looked.
+            ValueError: Pictures and image ids do not match; labels stand where an image has looked; or the question
+                about a picture comes in another forward than the picture.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("pixel_values and mm_encoder_outputs were both given; they stand for the same pictures")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        ids, inputs_embeds = self._ids_and_embeddings(input_ids, inputs_embeds)
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
-        if image_outputs is not None:
-            inputs_embeds = self._insert(image_outputs.pooler_output, input_ids, inputs_embeds)
-
-        outputs = self.get_decoder()(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs_embeds = self._insert(image_outputs, ids, inputs_embeds)
+        given = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": cache,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        outputs = self.get_decoder()(**mutual_arguments(self, ids, given, labels), **kwargs)
+        note_unfinished(self, ids, outputs.cache)
         logits = self.lang_model.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -206,25 +205,38 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_outputs=image_outputs,
         )
 
-    def _insert(self, tokens: Any, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+    def _ids_and_embeddings(self, input_ids: Tensor | None, inputs_embeds: Any) -> tuple[Tensor, Tensor]:
+        """Both, from either; of ids those that matter here (images and the marker), as far as embeddings tell them."""
+        table = self.get_input_embeddings()
+        if input_ids is not None and inputs_embeds is None:
+            return input_ids, table(input_ids)
+        if input_ids is not None or inputs_embeds is None:
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        ids = inputs_embeds.new_full(inputs_embeds.shape[:-1], -1, dtype=torch.long)
+        for known in (self.config.image_token_id, self.config.stop_token_id):
+            embedding = table(torch.tensor(known, device=inputs_embeds.device))
+            ids = ids.masked_fill((inputs_embeds == embedding).all(-1), known)
+        return ids, inputs_embeds
+
+    def _insert(self, image_outputs: Any, ids: Tensor, inputs_embeds: Tensor) -> Tensor:
         """Puts vision tokens where the image ids are."""
+        is_image = ids == self.config.image_token_id
+        if image_outputs is None:
+            if ids.shape[1] > 1 and is_image.any():
+                raise ValueError(
+                    f"the prompt has {int(is_image.sum())} image tokens, but no picture was given; give pixel_values"
+                )
+            return inputs_embeds
+        tokens = image_outputs.pooler_output
         if not isinstance(tokens, Tensor):
             tokens = torch.cat(list(tokens))
         tokens = tokens.reshape(-1, tokens.shape[-1]).to(inputs_embeds.device, inputs_embeds.dtype)
-        is_image = self._is_image(input_ids, inputs_embeds)
         if (found := int(is_image.sum())) != len(tokens):
             raise ValueError(
                 f"the prompt has {found} image tokens, but the pictures make {len(tokens)}; each picture needs the id "
                 f"{self.config.image_token_id} {self.config.num_vision_tokens} times, as AkiProcessor writes it"
             )
         return inputs_embeds.masked_scatter(is_image[..., None], tokens)
-
-    def _is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """Where image tokens are, `(B, L)`."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
 
 
 def _refuse_other_weights(info: Any, source: Any) -> None:
