@@ -16,11 +16,12 @@ import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
 
+from .attention import uncompiled
 from .layout import arguments_of
 
 __all__ = ["Around", "Handover", "around_generate"]
@@ -52,6 +53,7 @@ class Handover(Generic[Found]):
         begin: Given the decoder, its arguments by name and what was found, before the decoder's forward. Returns the
             arguments that it is run with.
         is_on: Whether the switch is on for a model, here and now: its decoder is then not to be run by itself.
+        finish: Given the output of the model's forward and what was found, after one that went through.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class Handover(Generic[Found]):
         find: Callable[[PreTrainedModel, dict[str, Any]], Found | None],
         begin: Callable[[PreTrainedModel, dict[str, Any], Found], dict[str, Any]],
         is_on: Callable[[PreTrainedModel], bool],
+        finish: Callable[[Any, Found], None] | None = None,
     ) -> None:
         self.name = name
-        self._find, self._begin, self._is_on = find, begin, is_on
+        self._find, self._begin, self._is_on, self._finish = find, begin, is_on, finish
         self._running = ContextVar[_Forward[Found] | None](f"forward under {name}", default=None)
         self._owners = weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[PreTrainedModel]]()
 
@@ -73,9 +76,9 @@ class Handover(Generic[Found]):
         self._owners[decoder] = weakref.ref(model)
         # Hooks read a context, which compiled graphs cannot.
         handles = [
-            model.register_forward_pre_hook(torch.compiler.disable(self._before), with_kwargs=True),
-            model.register_forward_hook(torch.compiler.disable(self._after), always_call=True),
-            decoder.register_forward_pre_hook(torch.compiler.disable(self._before_decoder), with_kwargs=True),
+            model.register_forward_pre_hook(uncompiled(self._before), with_kwargs=True),
+            model.register_forward_hook(uncompiled(self._after), always_call=True),
+            decoder.register_forward_pre_hook(uncompiled(self._before_decoder), with_kwargs=True),
         ]
 
         here = weakref.ref(decoder)  # an applied switch keeps no model alive
@@ -97,6 +100,8 @@ class Handover(Generic[Found]):
         running = self._running.get()
         if running is not None and running.decoder is model.get_decoder():
             self._running.set(running.outer)
+            if self._finish is not None and output is not None:  # None after an exception
+                self._finish(output, running.found)
 
     def _before_decoder(
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -151,7 +156,7 @@ def around_generate(model: PreTrainedModel, around: Around, *, outermost: bool =
 
 def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a model; of a deep copy too, about which `_wrapped` knows nothing."""
-    call: Callable[..., Any] = functools.partial(type(self).generate, self)
+    call: Callable[..., Any] = functools.partial(cast(Any, type(self)).generate, self)
     for entry in _wrapped.get(self, ()):
         call = functools.partial(_inside, self, entry.around, call)
     return call(**dict(zip(_names(type(self)), args, strict=False)), **kwargs)

@@ -16,6 +16,7 @@ where no marker ends it, and the scopes other than "segment". All three scopes g
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices, or_masks
+from transformers.utils import ModelOutput
 
 from .attention import IMPLEMENTATIONS, base_implementation
 from .hooks import Handover, around_generate
@@ -342,31 +344,47 @@ def _settings(
 
 
 class _Found(NamedTuple):
-    """What is known before a forward of a model under the switch."""
+    """What is known before a forward of a model under the switch.
+
+    Attributes:
+        spans: Of its tokens; None where none of them can see a later one.
+        waits: Rows with an image whose question has not ended yet, `[B]` bool.
+    """
 
     spans: Spans | None
+    waits: Tensor | None = None
 
 
-_generating = ContextVar[tuple[PreTrainedModel, int] | None]("generating from a prompt of this length", default=None)
+# What images saw when a cache was filled cannot be mended; so of each cache the rows that wait for a question.
+_waiting = weakref.WeakKeyDictionary[Cache, Tensor]()
+_prompt = ContextVar[tuple[PreTrainedModel, int] | None](
+    "model that generates, and where its prompt ends", default=None
+)
 
 
 def _look(model: PreTrainedModel, given: dict[str, Any]) -> _Found | None:
     """Before a model's forward: what its images see."""
     if (settings := modality_mutual_attention.active(model)) is None:
         return None
-    if (ids := given.get("input_ids")) is None:
-        raise ValueError(f"{_NAME} finds image tokens by their ids; give input_ids, not inputs_embeds alone")
-    cache = cache_of(given)
-    first = 0 if cache is None else int(cache.get_seq_length())
-    if first and ids.shape[1] == 1:  # nothing comes after a single token
+    ids, cache = _ids_of(given), cache_of(given)
+    if cache is not None and ids.shape[1] == 1:  # a step of decoding
         return _Found(None)
-    generating = _generating.get()
-    end = generating[1] - first if generating is not None and generating[0] is model else None
+    first = 0 if cache is None else int(cache.get_seq_length())
+    prompt = _prompt.get()
+    end = prompt[1] - first if prompt is not None and prompt[0] is model else None
     spans = settings.spans(model, ids, given.get("attention_mask"), offset=first, end=end)
     if not first:
         _refuse_text_alone(model, ids)
+    elif cache in _waiting:
+        _refuse_late_question(settings, ids[:, :end], _waiting[cache])
     refuse_leaks(spans, given.get("labels"))
-    return _Found(spans)
+    return _Found(spans, _rows_that_wait(model, settings, ids, spans))
+
+
+def _ids_of(given: dict[str, Any]) -> Tensor:
+    if (ids := given.get("input_ids")) is None:
+        raise ValueError(f"{_NAME} finds image tokens by their ids; give input_ids, not inputs_embeds alone")
+    return ids
 
 
 def _refuse_text_alone(model: PreTrainedModel, ids: Tensor) -> None:
@@ -377,6 +395,28 @@ def _refuse_text_alone(model: PreTrainedModel, ids: Tensor) -> None:
         )
 
 
+def _rows_that_wait(model: PreTrainedModel, settings: MutualAttention, ids: Tensor, spans: Spans) -> Tensor:
+    image = ids == family_of(model).image_token_id(model)
+    if settings.stop_token_ids is not None:
+        return (image & (spans.query < 0)).any(1)
+    return (image & ~spans.opened.any(2)).any(1)
+
+
+def _refuse_late_question(settings: MutualAttention, ids: Tensor, waits: Tensor) -> None:
+    """Refuses the second part of a prompt whose first one ended between an image and its question."""
+    stops = _stops(ids, settings.stop_token_ids)
+    late = torch.full_like(ids[:, 0], ids.shape[1] > 1).bool() if stops is None else stops.any(1)
+    if (late & waits).any() if late.shape == waits.shape else late.any() and waits.any():
+        raise ValueError(_in_parts("the cache holds an image whose question comes only now"))
+
+
+def _in_parts(what: str) -> str:
+    return (
+        f"{what}, but under {_NAME} what is kept of an image depends on its question; give a prompt in one piece "
+        "(prefill_chunk_size=None), and begin with an empty cache for another question"
+    )
+
+
 def _begin(decoder: PreTrainedModel, given: dict[str, Any], found: _Found) -> dict[str, Any]:
     """Before the decoder's forward: opens its mask."""
     if found.spans is None:
@@ -384,19 +424,44 @@ def _begin(decoder: PreTrainedModel, given: dict[str, Any], found: _Found) -> di
     return {**given, "attention_mask": open_mask(decoder, given, found.spans)}
 
 
+def _finish(output: Any, found: _Found) -> None:
+    """After a model's forward: remembers of its cache what it lacks."""
+    cache = cache_of(output) if isinstance(output, ModelOutput) else None
+    if cache is not None and found.waits is not None:
+        _waiting[cache] = found.waits
+
+
 def _around_generate(model: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """`generate`, whose images see no text that is generated."""
-    if modality_mutual_attention.active(model) is None:
+    """`generate`, whose images see the prompt and none of the text that is generated."""
+    if (settings := modality_mutual_attention.active(model)) is None:
         return call(**given)
-    ids = given.get("input_ids")
-    ids = given.get("inputs") if ids is None else ids
-    if ids is None:
-        raise ValueError(f"{_NAME} finds image tokens by their ids; give input_ids, not inputs_embeds alone")
-    token = _generating.set((model, ids.shape[1]))
+    ids, mask, cache = given.get("inputs"), given.get("attention_mask"), cache_of(given)
+    ids = _ids_of(given) if ids is None else ids
+    config = given.get("generation_config") or model.generation_config
+    if given.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
+        raise ValueError(_in_parts("prefill_chunk_size asks for a prompt in parts"))
+    end = ids.shape[1] if mask is None else max(ids.shape[1], mask.shape[-1])
+    if end == ids.shape[1]:  # else it is the rest of a prompt whose beginning is in the cache
+        _check_prompt(settings.spans(model, ids, mask), ids == family_of(model).image_token_id(model), cache)
+    token = _prompt.set((model, end))
     try:
         return call(**given)
     finally:
-        _generating.reset(token)
+        _prompt.reset(token)
+
+
+def _check_prompt(spans: Spans, image: Tensor, cache: Cache | None) -> None:
+    opened = spans.opened
+    blind = image.any(1) & ~opened.any((1, 2))
+    if blind.any():
+        raise ValueError(
+            f"images of rows {blind.nonzero()[:, 0].tolist()} see no text under {_NAME}: they need text behind them "
+            "and, where stop_token_id is given, a marker that ends it; see whether the prompt has it, as "
+            "processor.apply_chat_template(…, add_generation_prompt=True) makes it"
+        )
+    held = 0 if cache is None else int(cache.get_seq_length())
+    if opened[:, :held, held:].any():
+        raise ValueError(_in_parts("the cache ends between an image and its question"))
 
 
 def _attach(model: PreTrainedModel) -> Callable[[], None]:
@@ -410,4 +475,6 @@ def _attach(model: PreTrainedModel) -> Callable[[], None]:
 
 
 modality_mutual_attention = Switch(_NAME, settings=_settings, attach=_attach)
-_handover = Handover(_NAME, _look, _begin, lambda model: modality_mutual_attention.active(model) is not None)
+_handover = Handover(
+    _NAME, _look, _begin, lambda model: modality_mutual_attention.active(model) is not None, finish=_finish
+)
