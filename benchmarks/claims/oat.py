@@ -168,7 +168,7 @@ def measure_people(folder: Path) -> tuple[Measured, dict[str, dict[str, float]]]
     def keep_nats(name: str, run: int, model: OAT | MarkovSearcher) -> dict[str, float]:
         log_probs, hits = oat_people.tokens(people, model)
         values[f"nats: {name}", run] = _of_images(people, -log_probs.sum(1)) * len(people.paths) / _count(people)
-        return {"nats": -log_probs.sum() / _count(people), "top-1": hits.sum() / _count(people)}
+        return {"nats": float(-log_probs.sum()) / _count(people), "top-1": float(hits.sum()) / _count(people)}
 
     def keep_scores(name: str, run: int, scored: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
         values[f"ScanMatch: {name}", run] = _of_images(people, scored["ScanMatch"])

@@ -298,7 +298,8 @@ def _multimatch(people: People, points: Sequence[NDArray[np.float64]]) -> Mappin
     result = {"MM direction": np.full(len(points), np.nan), "MM position": np.full(len(points), np.nan)}
     for image, objects in enumerate(people.objects):
         own = np.flatnonzero(people.image_of == image)
-        found = multimatch([points[n] for n in own], [people.points[n] for n in own], objects.size)
+        ours, theirs = ([side[n] for n in own.tolist()] for side in (points, people.points))
+        found = multimatch(ours, theirs, objects.size)
         result["MM direction"][own], result["MM position"][own] = found["direction"], found["position"]
     return result
 
