@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from multimodal.vmtc import compress_visual_tokens  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration  # noqa: E402
@@ -44,6 +43,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from benchmarks import machine  # noqa: E402
 from multimodal.cmai import inhibit_cross_modality  # noqa: E402
 from multimodal.mma import modality_mutual_attention  # noqa: E402
+from multimodal.vmtc import compress_visual_tokens  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "vlm.json"
 IMAGE_TOKENS, SYSTEM_TOKENS, QUESTION_TOKENS, NEW_TOKENS = 576, 34, 30, 16

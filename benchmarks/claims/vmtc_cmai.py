@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from multimodal.vmtc import compress_visual_tokens
 from torch import Tensor
 
 from benchmarks import machine
@@ -64,6 +63,7 @@ from benchmarks.claims.scene_vlm import (
 from benchmarks.claims.vlm_report import Pair, claims, differences, in_words, share
 from benchmarks.vlm import cache_bytes
 from multimodal.cmai import inhibit_cross_modality
+from multimodal.vmtc import compress_visual_tokens
 from recipes.scene_questions import KINDS, held_out
 
 __all__ = ["CLAIMS", "GRID", "Setting", "choose", "costs", "measure", "methods", "report", "sweep"]
