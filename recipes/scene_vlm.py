@@ -239,7 +239,7 @@ def standardise_features(model: LlavaForConditionalGeneration, features: Tensor)
         model: Its projector is drawn anew, from torch's own generator, with weights of variance 1 / width.
         features: `[P, N, C]`, from `encode`.
     """
-    projector = model.model.multi_modal_projector
+    projector: Any = model.model.multi_modal_projector
     sample = features[::16].flatten(0, 1)
     mean, deviation = sample.mean(0), sample.std(0)
     with torch.no_grad():
@@ -336,7 +336,8 @@ def language_step(model: LlavaForConditionalGeneration, features: Tensor, input_
         labels: `[B, L]`, -100 where nothing is learnt.
     """
     features, input_ids, labels = (part.to(model.device) for part in (features, input_ids, labels))
-    vision = BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(features)))
+    pictures: Any = list(model.model.multi_modal_projector(features))  # one tensor each, as the model's own code has it
+    vision = BaseModelOutputWithPooling(pooler_output=pictures)
     return model(input_ids=input_ids, labels=labels, mm_encoder_outputs={"image": vision}, use_cache=False).loss
 
 

@@ -53,10 +53,11 @@ def replies(
     Returns:
         One reply for each example, without special tokens.
     """
+    network: Any = model
     said: list[str] = []
     for start in range(0, len(examples), batch_size):
         inputs = prompts(processor, examples[start : start + batch_size]).to(model.device)
-        tokens = model.generate(**inputs)
+        tokens = network.generate(**inputs)
         said += processor.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return said
 
