@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
+from .ask.command import ask
 from .clip.choice import ClipChoice
 from .generate.command import SeveralSubjects, generate
 from .models import ModelChoice, SegmenterChoice
@@ -18,8 +19,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="attnsuite",
-    help="Published attention, ready to use: label, embed, search, explain, segment and generate images; list models; "
-    "keep weights.",
+    help="Published attention, ready to use: label, embed, search, explain, segment, generate and ask about images; "
+    "list models; keep weights.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -248,6 +249,7 @@ def segment(
 
 
 app.command(cls=SeveralSubjects)(generate)
+app.command()(verb(ask))
 app.command()(verb(scanpath))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import weights
 
 from ..errors import UsageError
+from ..folders import PICKLES, READ, has_weights
 from ..models import digest, require_hub
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ _PIPELINES = {
     "AStarStableDiffusionXLPipeline": "AStarStableDiffusionXLPipeline",
 }
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker", "image_encoder")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_READ = (".json", ".txt", ".model", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -177,9 +176,9 @@ def _described(name: str, folder: Path, defaults: dict[str, Any] | None = None, 
     if not index.is_file():
         raise UsageError(f"--model {name}: {folder} holds no model_index.json, as diffusers' save_pretrained writes it")
     pipeline = _pipeline_class(index, name)
-    files = sorted(file for file in folder.glob("*/*") if file.suffix in (*_READ, *_PICKLES) and file.is_file())
+    files = sorted(file for file in folder.glob("*/*") if file.suffix in (*READ, *PICKLES) and file.is_file())
     for part in _without_weights(folder):
-        if any(file.parent.name == part and file.suffix in _PICKLES for file in files):
+        if any(file.parent.name == part and file.suffix in PICKLES for file in files):
             raise UsageError(
                 f"{name} has the weights of {part} as a pickle only, which can run code when it is read; only "
                 "safetensors are. If you trust it, convert it once: DiffusionPipeline.from_pretrained(FOLDER, "
@@ -191,7 +190,7 @@ def _described(name: str, folder: Path, defaults: dict[str, Any] | None = None, 
     weights_of_unet = [file.name for file in files if file.parent.name == "unet" and file.suffix == ".safetensors"]
     variant = "fp16" if weights_of_unet and all(".fp16" in file for file in weights_of_unet) else None
     if identity is None:
-        identity = f"sha256 {digest([index, *(file for file in files if file.suffix in _READ)])}"
+        identity = f"sha256 {digest([index, *(file for file in files if file.suffix in READ)])}"
     return Model(name, folder, pipeline, identity, variant, defaults or {})
 
 
@@ -202,11 +201,7 @@ def _without_weights(folder: Path) -> list[str]:
     for part in _WITH_WEIGHTS:
         if not isinstance(named, dict) or not isinstance(named.get(part), list) or named[part][0] is None:
             continue
-        files = {file.name for file in (folder / part).glob("*.safetensors")}
-        wanted: set[str] = set()
-        for index in (folder / part).glob("*.safetensors.index.json"):
-            wanted.update(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not files or (files <= wanted and files != wanted):  # besides shards there may be all in one file
+        if not has_weights(folder / part):
             lacking.append(part)
     return lacking
 
