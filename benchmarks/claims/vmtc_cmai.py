@@ -11,11 +11,12 @@ The protocol, fixed before the measurement:
 
 * **Runs.** The causal models of `recipes.scene_vlm` with seeds 0, 1 and 2, as in `benchmarks.claims.mma`. A picture
   has 64 tokens. Nothing is trained for fewer of them.
-* **Methods.** VMTC with the library's defaults at 1, 1/2, 1/4 and 1/8 of the tokens. At the same numbers: spatial
-  down-sampling by averages over equal rectangles of the grid, which is the paper's own pilot; tokens kept at random;
-  and FastV (Chen et al., ECCV 2024), which lets all tokens through the first two layers and keeps those that the last
-  token attends to most there: of these models' four layers two hold all tokens, so FastV has more than the others.
-  CMAI with the library's defaults, and as chosen; VMTC at 1/4 with CMAI as chosen.
+* **Methods.** VMTC with the library's defaults at 1, 1/2, 1/4 and 1/8 of the tokens. At the same numbers: VMTC that
+  merges all tokens and keeps none as primary, which shows what clustering does by itself; spatial down-sampling by
+  averages over equal rectangles of the grid, which is the paper's own pilot; tokens kept at random; and FastV (Chen et
+  al., ECCV 2024), which lets all tokens through the first two layers and keeps those that the last token attends to
+  most there: of these models' four layers two hold all tokens, so FastV has more than the others. CMAI with the
+  library's defaults, and as chosen; VMTC at 1/4 with CMAI as chosen.
 * **Choice.** CMAI's share of image tokens kept (0.75, 0.5, 0.25), one mask for each head or for all, and its layers
   (from 2 on or all) are chosen on 400 development questions (seed 500) to all runs: the setting with most replies that
   are right and in the asked form; of equals the first. Nothing else is chosen.
@@ -103,6 +104,10 @@ def _vmtc(name: str, tokens: int) -> Method:
     return Method(name, lambda model: compress_visual_tokens(model.network, num_tokens=tokens))
 
 
+def _merged(name: str, tokens: int) -> Method:
+    return Method(name, lambda model: compress_visual_tokens(model.network, num_tokens=tokens, merge_share=1))
+
+
 def _averaged(name: str, tokens: int) -> Method:
     def prepare(model: Model, inputs: dict[str, Any], first: int) -> dict[str, Any]:
         return with_fewer(model.network, inputs, lambda features: pooled(features, tokens))
@@ -124,7 +129,7 @@ def _fastv(name: str, tokens: int) -> Method:
     return Method(name, lambda model: fastv(model.network, tokens))
 
 
-_FEWER = {"VMTC": _vmtc, "down-sampling": _averaged, "random": _random, "FastV": _fastv}
+_FEWER = {"VMTC": _vmtc, "VMTC, all merged": _merged, "down-sampling": _averaged, "random": _random, "FastV": _fastv}
 
 
 def methods(chosen: Setting) -> dict[str, Method]:
