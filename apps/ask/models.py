@@ -135,6 +135,8 @@ def card_of(folder: Path, label: str) -> str:
     text = (folder / "README.md").read_text(encoding="utf-8")
     found = dict(re.findall(r"^- \*\*([^*]+)\*\*:? (.+?)(?=\n- |\n\n|\Z)", text, re.DOTALL | re.MULTILINE))
     points = {name: " ".join(said.split()) for name, said in found.items()}
+    if "Data" in points:
+        points["Data"] = re.sub(r"\. .*", ".", points["Data"])  # its first sentence
     named = [f"{name}: {points[name]}" for name in ("Data", "It can be asked", "Limits") if name in points]
     return "\n".join([f"{label} is a small model that ships; its answer to a photograph means nothing.", *named])
 
