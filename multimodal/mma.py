@@ -36,14 +36,17 @@ from .layout import VisualLayout, cache_of, family_of, find_layout
 from .switches import Switch
 
 __all__ = [
+    "Found",
     "MutualAttention",
     "Scope",
     "Spans",
     "find_spans",
+    "look",
     "modality_mutual_attention",
     "mutual_mask",
     "open_mask",
     "refuse_leaks",
+    "remember",
 ]
 
 Scope = Literal["segment", "question", "all"]
@@ -343,7 +346,7 @@ def _settings(
     return MutualAttention(_stop_ids(stop_token_id), scope, frames)
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """What is known before a forward of a model under the switch.
 
     Attributes:
@@ -362,23 +365,51 @@ _prompt = ContextVar[tuple[PreTrainedModel, int] | None](
 )
 
 
-def _look(model: PreTrainedModel, given: dict[str, Any]) -> _Found | None:
+def _look(model: PreTrainedModel, given: dict[str, Any]) -> Found | None:
     """Before a model's forward: what its images see."""
     if (settings := modality_mutual_attention.active(model)) is None:
         return None
-    ids, cache = _ids_of(given), cache_of(given)
-    if cache is not None and ids.shape[1] == 1:  # a step of decoding
-        return _Found(None)
-    first = 0 if cache is None else int(cache.get_seq_length())
-    prompt = _prompt.get()
-    end = prompt[1] - first if prompt is not None and prompt[0] is model else None
-    spans = settings.spans(model, ids, given.get("attention_mask"), offset=first, end=end)
-    if not first:
+    ids, prompt = _ids_of(given), _prompt.get()
+    found = look(model, settings, ids, given, prompt[1] if prompt is not None and prompt[0] is model else None)
+    cache = cache_of(given)
+    if found.spans is not None and (cache is None or not int(cache.get_seq_length())):
         _refuse_text_alone(model, ids)
-    elif cache in _waiting:
-        _refuse_late_question(settings, ids[:, :end], _waiting[cache])
+    return found
+
+
+def look(
+    model: PreTrainedModel, settings: MutualAttention, ids: Tensor, given: dict[str, Any], end: int | None = None
+) -> Found:
+    """Before a forward: what its images see.
+
+    Args:
+        model: The model.
+        settings: What is to be seen.
+        ids: Of the forward's tokens, `[B, L]`.
+        given: Its arguments by name.
+        end: Text from here on is answer, counted from the first token in the cache.
+
+    Raises:
+        ValueError: For the end of a question whose image is in the cache, or labels on text that images see.
+    """
+    cache = cache_of(given)
+    if cache is not None and ids.shape[1] == 1:  # a step of decoding
+        return Found(None)
+    first = 0 if cache is None else int(cache.get_seq_length())
+    end = None if end is None else max(end - first, 0)
+    spans = settings.spans(model, ids, given.get("attention_mask"), offset=first, end=end)
+    waits = _rows_that_wait(model, settings, ids, spans)
+    if first and cache is not None and (before := _waiting.get(cache)) is not None:
+        _refuse_late_question(settings, ids[:, :end], before)
+        waits = waits | before if waits.shape == before.shape else waits
     refuse_leaks(spans, given.get("labels"))
-    return _Found(spans, _rows_that_wait(model, settings, ids, spans))
+    return Found(spans, waits)
+
+
+def remember(cache: Cache | None, found: Found) -> None:
+    """After a forward: which rows of its cache still wait for a question."""
+    if cache is not None and found.waits is not None:
+        _waiting[cache] = found.waits
 
 
 def _ids_of(given: dict[str, Any]) -> Tensor:
@@ -417,18 +448,16 @@ def _in_parts(what: str) -> str:
     )
 
 
-def _begin(decoder: PreTrainedModel, given: dict[str, Any], found: _Found) -> dict[str, Any]:
+def _begin(decoder: PreTrainedModel, given: dict[str, Any], found: Found) -> dict[str, Any]:
     """Before the decoder's forward: opens its mask."""
     if found.spans is None:
         return given
     return {**given, "attention_mask": open_mask(decoder, given, found.spans)}
 
 
-def _finish(output: Any, found: _Found) -> None:
+def _finish(output: Any, found: Found) -> None:
     """After a model's forward: remembers of its cache what it lacks."""
-    cache = cache_of(output) if isinstance(output, ModelOutput) else None
-    if cache is not None and found.waits is not None:
-        _waiting[cache] = found.waits
+    remember(cache_of(output) if isinstance(output, ModelOutput) else None, found)
 
 
 def _around_generate(model: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ is copied from there. What differs: batches of rows of any length and any number
 attention implementations are right, since the mask is :mod:`multimodal.mma`'s and `generate` is transformers' own.
 
     model = load_aki("Sony/AKI-4B-phi-3.5-mini", dtype=torch.bfloat16)
-    processor = AkiProcessor.from_tokenizer(AutoTokenizer.from_pretrained("Sony/AKI-4B-phi-3.5-mini"))
+    processor = AkiProcessor.from_tokenizer(AutoTokenizer.from_pretrained("microsoft/Phi-3.5-mini-instruct"))
     inputs = processor(image, processor.prompt("What is on the table?"), return_tensors="pt")
     print(processor.decode(model.generate(**inputs)[0]))
 """

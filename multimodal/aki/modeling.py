@@ -13,8 +13,8 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
+from ..mma import Found, MutualAttention, look, modality_mutual_attention, open_mask, remember
 from .configuration import AkiConfig
-from .mutual import mutual_arguments, note_unfinished
 from .resampler import PerceiverResampler
 from .vocabulary import ExtendedEmbedding, ExtendedHead
 
@@ -190,8 +190,11 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        outputs = self.get_decoder()(**mutual_arguments(self, ids, given, labels), **kwargs)
-        note_unfinished(self, ids, outputs.cache)
+        found = self._question(ids, {**given, "labels": labels})
+        if found.spans is not None and found.spans.opened.any():  # else causal, which has faster kernels than a mask
+            given["attention_mask"] = open_mask(self.get_decoder(), given, found.spans)
+        outputs = self.get_decoder()(**given, **kwargs)
+        remember(outputs.cache, found)
         logits = self.lang_model.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -237,6 +240,12 @@ class AkiForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"{self.config.image_token_id} {self.config.num_vision_tokens} times, as AkiProcessor writes it"
             )
         return inputs_embeds.masked_scatter(is_image[..., None], tokens)
+
+    def _question(self, ids: Tensor, given: dict[str, Any]) -> Found:
+        """What pictures see of the text behind them; nothing where a switch sees to it, with settings of its own."""
+        if not self.config.modality_mutual or modality_mutual_attention.active(self) is not None:
+            return Found(None)
+        return look(self, MutualAttention((self.config.stop_token_id,), "segment", None), ids, given)
 
 
 def _refuse_other_weights(info: Any, source: Any) -> None:
