@@ -247,6 +247,7 @@ def main() -> None:
         for name, values in measure_scenes().items():
             save(values, files[name])
     if not args.scenes:
+        assert args.sti is not None  # as was checked
         values, scores = measure_people(Path(args.sti))
         save(values, files["people"])
     measured = {name: load(path) for name, path in files.items() if path.exists()}
