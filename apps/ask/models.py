@@ -6,9 +6,10 @@ anything large is fetched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class VLMChoice:
             WeightsError: The model that ships is not installed.
         """
         name = SHIPPED["mma" if self.mma else "causal"] if self.name is None else self.name
+        if name == SHIPPED["mma"] and not self.mma:
+            raise UsageError(f"--model {name} was trained under modality-mutual attention; ask it under that: --mma")
         if name not in SHIPPED.values():
             folder, label, identity = _find(name)
             return ResolvedVLM(folder, label, identity, self.dtype)
@@ -113,9 +116,10 @@ class ResolvedVLM:
 
         broken = (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError, SafetensorError)
         try:
-            model = _load(self.folder, self.dtype)
-            plain = None if self.plain is None else _load(self.plain, self.dtype)
-            processor = _processor(self.folder)
+            with _without_bars():
+                model = _load(self.folder, self.dtype)
+                plain = None if self.plain is None else _load(self.plain, self.dtype)
+                processor = _processor(self.folder)
         except broken as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -246,6 +250,20 @@ def _load(folder: Path, dtype: str) -> Any:
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
     return model.eval()
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws no bar for files that are read in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _processor(folder: Path) -> Any:
