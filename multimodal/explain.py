@@ -171,7 +171,8 @@ def attended(
         record = (Rolled if rollout else LastRows)(*chosen)
         forced = _Forced(tokens)
         with recording(model, record):
-            plain = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+            plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+            plain |= dict.fromkeys(("temperature", "top_p", "top_k"))  # transformers says where they are not used
             generate: Any = model.generate
             generate(**inputs, logits_processor=[forced], max_new_tokens=len(tokens), **plain)
     weights = record.weights()
