@@ -54,7 +54,9 @@ def compress(features: Tensor, scores: Tensor, num_kept: int, num_merged: int, *
         assignment = spherical_kmeans(redundant.detach(), num_merged, weights, rounds=rounds)
         place = others.gather(1, _best_members(assignment, weights, num_merged))  # [B, M]
         target = target.scatter(1, others, place.gather(1, assignment))
-        left = torch.cat([left, merge(redundant, assignment, weights, num_merged)], 1)
+        merged = merge(redundant, assignment, weights, num_merged)
+        with torch.autocast(features.device.type, enabled=False):  # which does not know of every mixture of types
+            left = torch.cat([left, merged], 1)
         index = torch.cat([primary, place], 1)
     index, by_place = index.sort(1)
     return Compressed(_take(left, by_place), index, target)

@@ -17,6 +17,7 @@ stood.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -188,17 +189,13 @@ def _with_fewer_tokens(model: Any, given: dict[str, Any], settings: Compression,
         raise ValueError(f"{_NAME} finds image tokens by their ids; give input_ids, not inputs_embeds alone")
     layout = find_layout(model, ids, given.get("attention_mask"), offset=cached)
     encoded, scores, compressed = _encode(model, given, layout, settings)
-    sizes = [len(own) for own in scores]
-    _check_count(layout, sum(sizes))
     changed = {**given, "mm_encoder_outputs": {"image": encoded}}
     del changed["pixel_values"]
-
+    sizes = [len(own) for own in scores]
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
-    stays = torch.ones_like(layout.image)
     left = torch.cat([own.index + start for own, start in zip(compressed, starts, strict=True)])
-    stays[layout.image] = (
-        torch.zeros(sum(sizes), dtype=torch.bool).to(left.device).scatter(0, left, True).to(stays.device)
-    )
+    is_left = torch.zeros(sum(sizes), dtype=torch.bool, device=left.device).scatter(0, left, True)
+    stays = torch.ones_like(layout.image).masked_scatter(layout.image, is_left.to(layout.image.device))
     shorter = Shorter.of(stays, layout.valid)
     if not stays.all():
         changed = shorten(model, changed, layout, shorter, settings.positions, cached)
@@ -233,10 +230,12 @@ def _encode(
     with listening(compress_inside if settings.before_connector else None) as heard:
         encoded = encode(**inputs, return_dict=True)
     if inside:
-        return encoded, *inside[0]
+        scores, compressed = inside[0]
+        _check_places(layout, [len(own) for own in scores])
+        return encoded, scores, compressed
     features = torch.cat([own.flatten(0, -2) for own in encoded.pooler_output])  # [N, C]
     sizes = _sizes(model, encoded.pooler_output, layout)
-    _check_count(layout, len(features), sum(sizes))
+    _check_places(layout, sizes, len(features))
     scores = rank(heard, features).split(sizes)
     compressed = _compress_each(features.split(sizes), scores, settings)
     left = [own.features for own in compressed]
@@ -244,13 +243,16 @@ def _encode(
     return encoded, scores, compressed
 
 
-def _check_count(layout: VisualLayout, made: int, placed: int | None = None) -> None:
-    found = int(layout.image.sum())
-    if made != found or (placed is not None and placed != made):
-        raise ValueError(
-            f"the prompt has {found} image tokens, but the pictures make {made}; give each picture its place in the "
-            "prompt, as the model's processor does"
-        )
+def _check_places(layout: VisualLayout, sizes: list[int], made: int | None = None) -> None:
+    """Refuses pictures that do not have their places in the prompt, where there are `made` tokens of them."""
+    rows, made = layout.image.nonzero()[:, 0], sum(sizes) if made is None else made
+    if len(rows) == sum(sizes) == made and all((row == row[0]).all() for row in rows.split(sizes)):
+        return
+    in_rows = ", ".join(map(str, layout.image.sum(1).tolist()))
+    raise ValueError(
+        f"the prompts have {in_rows} image tokens, but the pictures make {made}, {', '.join(map(str, sizes))} each; "
+        "give each picture its place in a prompt, as the model's processor does"
+    )
 
 
 def _sizes(model: PreTrainedModel, features: Any, layout: VisualLayout) -> list[int]:
@@ -337,11 +339,19 @@ def _around_generate(model: PreTrainedModel, call: Callable[..., Any], given: di
 
 def _fewer_in_all(model: PreTrainedModel, given: dict[str, Any], gone: int) -> dict[str, Any]:
     """Arguments of `generate` whose limits on the length of prompt and answer together count the shorter prompt."""
-    config = given.get("generation_config") or model.generation_config
-    limits = {name: given.get(name) or getattr(config, name, None) for name in ("max_length", "min_length")}
-    if given.get("max_new_tokens") or getattr(config, "max_new_tokens", None):
-        limits["max_length"] = None
-    return given | {name: max(limit - gone, 0) for name, limit in limits.items() if limit}
+    config = given.get("generation_config")
+
+    def limit(name: str) -> int | None:
+        values = given.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
+        return next((value for value in values if value is not None), None)
+
+    names = ("min_length",) if limit("max_new_tokens") is not None else ("min_length", "max_length")
+    changed = {name: max(value - gone, 0) for name in names if (value := limit(name))}
+    if config is None or not changed:
+        return given | changed
+    config = copy.deepcopy(config)
+    config.update(**changed)
+    return {name: value for name, value in given.items() if name not in changed} | {"generation_config": config}
 
 
 def _attach(model: PreTrainedModel) -> Callable[[], None]:
