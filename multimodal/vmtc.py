@@ -61,11 +61,13 @@ class Picture:
 
     Attributes:
         row: Of the batch.
+        column: In its row of the prompt, where its first token was.
         scores: Of its tokens, `[N]`.
         index, target: As of :class:`Compressed`, `[K]` and `[N]`.
     """
 
     row: int
+    column: int
     scores: Tensor
     index: Tensor
     target: Tensor
@@ -199,10 +201,10 @@ def _with_fewer_tokens(model: Any, given: dict[str, Any], settings: Compression,
     shorter = Shorter.of(stays, layout.valid)
     if not stays.all():
         changed = shorten(model, changed, layout, shorter, settings.positions, cached)
-    rows = layout.image.nonzero()[starts, 0].tolist()
+    places = layout.image.nonzero()[starts].tolist()
     pictures = [
-        Picture(row, own_scores, own.index, own.target)
-        for row, own_scores, own in zip(rows, scores, compressed, strict=True)
+        Picture(*place, own_scores, own.index, own.target)
+        for place, own_scores, own in zip(places, scores, compressed, strict=True)
     ]
     settings.last = Shortened(pictures, shorter.columns, shorter.valid.long())
     return changed
@@ -319,7 +321,7 @@ def _around_generate(model: PreTrainedModel, call: Callable[..., Any], given: di
             f"no picture was given to generate under {_NAME}; give those of the whole prompt, also where a cache has "
             "them already, and leave the switch for text alone"
         )
-    changed = _with_fewer_tokens(model, given, settings, cached=0)
+    changed = _without_cached_pictures(_with_fewer_tokens(model, given, settings, cached=0), settings)
     whole, short = given["input_ids"], changed["input_ids"].shape[1]
     token = _generating.set(model)
     try:
@@ -335,6 +337,25 @@ def _around_generate(model: PreTrainedModel, call: Callable[..., Any], given: di
         return begin_with_whole(output)
     output.sequences = begin_with_whole(output.sequences)
     return output
+
+
+def _without_cached_pictures(given: dict[str, Any], settings: Compression) -> dict[str, Any]:
+    """Arguments of `generate`, which goes on behind the tokens in a cache, with the pictures that come after these."""
+    cache, shortened = cache_of(given), settings.last
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    if not cached or shortened is None:
+        return given
+    encoded = given["mm_encoder_outputs"]["image"]
+    behind = given["input_ids"].shape[1] - cached  # columns
+    new = [
+        feature
+        for own, feature in zip(shortened.pictures, encoded.pooler_output, strict=True)
+        if shortened.columns[own.row, -behind] <= own.column
+    ]
+    if not new:
+        return {name: value for name, value in given.items() if name != "mm_encoder_outputs"}
+    encoded.pooler_output = torch.stack(new) if isinstance(encoded.pooler_output, Tensor) else new
+    return given
 
 
 def _fewer_in_all(model: PreTrainedModel, given: dict[str, Any], gone: int) -> dict[str, Any]:
