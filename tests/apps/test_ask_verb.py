@@ -319,19 +319,24 @@ def paligemma() -> tuple[Any, Any]:
     return tiny_vlm.paligemma()[0], PaliGemmaProcessor(pictures, words("<image>", {}))
 
 
-@pytest.mark.parametrize("family", [qwen, paligemma, lambda: (tiny_aki.model(), tiny_aki.processor())])
+def aki() -> tuple[Any, Any]:
+    return tiny_aki.model(), tiny_aki.processor()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of PaliGemma's own processor
+@pytest.mark.parametrize("family", [qwen, paligemma, aki])
 def test_models_of_other_families_are_asked_in_their_own_way(ask, tmp_path, family):
     model, processor = family()
     model.save_pretrained(tmp_path / "own")
     processor.save_pretrained(tmp_path / "own")
     question = "w10 w11 w20"
-    (row,) = rows(ask("in/a.png", question, "--vmtc", "0.5", "--cmai", "--max-tokens", 3, "--json", model="own"))
+    (row,) = rows(ask("in/a.png", question, "--vmtc", "0.5", "--mma", "--max-tokens", 3, "--json", model="own"))
     picture = Image.open(tmp_path / "in/a.png").convert("RGB")
     if processor.chat_template is None:
         inputs = processor(images=[picture], text=[f"<image>{question}"], return_tensors="pt")
     else:
         inputs = inputs_of(processor, tmp_path / "in/a.png", question)
-    with compress_visual_tokens(model, keep_ratio=0.5), inhibit_cross_modality(model):
+    with compress_visual_tokens(model, keep_ratio=0.5), modality_mutual_attention(model):
         tokens = model.generate(**inputs, max_new_tokens=3)[0, inputs["input_ids"].shape[1] :]
     assert row["answer"] == processor.decode(tokens, skip_special_tokens=True).strip()
     assert row["kept_tokens"] == row["image_tokens"] // 2 > 1
