@@ -305,7 +305,7 @@ def _around_generate(model: PreTrainedModel, call: Callable[..., Any], given: di
     ids, mask, cache = given.get("inputs"), given.get("attention_mask"), cache_of(given)
     ids = _ids_of(given) if ids is None else ids
     config = given.get("generation_config") or model.generation_config
-    if given.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
+    if given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
         raise ValueError(_in_parts("prefill_chunk_size asks for a prompt in parts"))
     end = ids.shape[1] if mask is None else max(ids.shape[1], mask.shape[-1])
     if end == ids.shape[1]:  # else it is the rest of a prompt whose beginning is in the cache
