@@ -203,8 +203,8 @@ def _with_fewer_tokens(model: Any, given: dict[str, Any], settings: Compression,
         changed = shorten(model, changed, layout, shorter, settings.positions, cached)
     places = layout.image.nonzero()[starts].tolist()
     pictures = [
-        Picture(*place, own_scores, own.index, own.target)
-        for place, own_scores, own in zip(places, scores, compressed, strict=True)
+        Picture(row, column, own_scores, own.index, own.target)
+        for (row, column), own_scores, own in zip(places, scores, compressed, strict=True)
     ]
     settings.last = Shortened(pictures, shorter.columns, shorter.valid.long())
     return changed
