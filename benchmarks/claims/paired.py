@@ -5,6 +5,7 @@ Needs scipy (`pip install "attnsuite[test]"`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -97,17 +98,29 @@ def compare_runs(
         )
     differences = np.asarray(ours, float) - np.asarray(theirs, float)  # [R, N]
     runs, inputs = differences.shape
-    rng, means = np.random.default_rng(seed), np.empty(resamples)
-    for start in range(0, resamples, 1000):
-        drawn = min(1000, resamples - start)
-        of_runs = rng.multinomial(runs, [1 / runs] * runs, drawn) / runs  # [S, R]
-        of_inputs = rng.multinomial(inputs, [1 / inputs] * inputs, drawn) / inputs  # [S, N]
-        means[start : start + drawn] = np.einsum("sr,rn,sn->s", of_runs, differences, of_inputs, optimize=True)
-    low, high = np.quantile(means, [0.025, 0.975])
+    means = [
+        np.einsum("sr,rn,sn->s", of_runs / runs, differences, of_inputs.astype(float) / inputs, optimize=True)
+        for of_runs, of_inputs in _drawn(runs, inputs, resamples, seed)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     each = differences.mean(0)
     better, worse = int((each > 0).sum()), int((each < 0).sum())
     bounds = float(low), float(high)
     return Comparison(inputs, float(differences.mean()), bounds, better, worse, sign_test(better, worse))
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(runs: int, inputs: int, resamples: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """How often a bootstrap draws each run and each input, `[S, R]` and `[S, N]`, in portions.
+
+    Drawing takes longer than all else, and is the same for comparisons of one size.
+    """
+    rng, portions = np.random.default_rng(seed), []
+    for start in range(0, resamples, 1000):
+        size = min(1000, resamples - start)
+        of_runs = rng.multinomial(runs, [1 / runs] * runs, size)
+        portions.append((of_runs, rng.multinomial(inputs, [1 / inputs] * inputs, size).astype(np.uint16)))
+    return portions
 
 
 def sign_test(better: int, worse: int) -> float:
