@@ -38,6 +38,9 @@ class Shorter:
             stays: The tokens that stay, `[B, L]` bool.
             valid: What is not padding, `[B, L]` bool.
         """
+        if stays.all():  # nothing closes up, not even where all rows are padded
+            columns = torch.arange(stays.shape[1], device=stays.device).expand(stays.shape)
+            return cls(columns, valid, torch.zeros_like(columns))
         kept = stays & valid
         lengths = kept.sum(1)
         longest, right = int(lengths.max()), not bool(valid[:, -1].all())

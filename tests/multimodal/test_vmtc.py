@@ -342,6 +342,31 @@ def test_before_a_connector_the_encoder_s_tokens_are_merged():
         assert all(len(own.index) == 6 and (own.target >= 0).all() for own in handle.settings.last.pictures)
 
 
+def test_columns_of_padding_alone_go_with_what_is_dropped_and_stay_otherwise():
+    model, inputs = tiny.llava_clip()
+    inputs = {name: inputs[name] for name in inputs}
+    for name in ("input_ids", "attention_mask"):
+        inputs[name] = torch.nn.functional.pad(inputs[name], (3, 0))
+    plain = logits(model, inputs)
+    for tokens, length in ((16, 28), (15, 24)):
+        with compress_visual_tokens(model, num_tokens=tokens) as handle:
+            out = logits(model, inputs)
+        assert handle.settings.last is not None
+        assert out.shape[1] == length == handle.settings.last.columns.shape[1]
+        assert tokens < 16 or torch.equal(out, plain)
+
+
+def test_a_model_that_is_compiled_under_the_switch_does_what_it_did():
+    model = copy.deepcopy(tiny.llava_clip()[0])
+    inputs = tiny.llava_clip()[1]
+    with compress_visual_tokens(model, num_tokens=6):
+        expected = logits(model, inputs)
+        compiled = torch.compile(model, backend="eager")
+        near(logits(compiled, inputs), expected)
+    with pytest.raises(TypeError, match="compiled"):
+        compress_visual_tokens(compiled, num_tokens=6)
+
+
 def test_scores_may_be_lengths_of_features():
     model, inputs = tiny.llava_clip()
     with compress_visual_tokens(model, num_tokens=5, score="norm") as handle, torch.no_grad():
