@@ -63,7 +63,8 @@ def compress(features: Tensor, scores: Tensor, num_kept: int, num_merged: int, *
 
 
 def _take(features: Tensor, index: Tensor) -> Tensor:
-    return features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return features[rows, index]
 
 
 @torch.no_grad()
