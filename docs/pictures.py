@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import v2
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,6 +33,11 @@ sys.path.insert(0, str(ROOT))
 import attnsuite  # noqa: E402, F401 - registers the models
 import weights  # noqa: E402
 from diffusion import AStarPipelineOutput, AStarStableDiffusionPipeline, attention_grid  # noqa: E402
+from multimodal import compress_visual_tokens, inhibit_cross_modality, modality_mutual_attention, mutual_mask  # noqa: E402
+from multimodal.explain import attended as read_of  # noqa: E402
+from recipes.scene_questions import Example, held_out  # noqa: E402
+from recipes.scene_vlm_card import prompts  # noqa: E402
+from recipes.scene_vlm_model import GRID  # noqa: E402
 from recipes.scenes import caption, shows  # noqa: E402
 from recipes.text_to_scene_card import GUIDANCE_SCALE, SAMPLING_STEPS  # noqa: E402
 from vision.attention import attention_layers  # noqa: E402
@@ -286,6 +293,117 @@ def astar() -> None:
     print(f"seed {seed}")
 
 
+_PANEL = 336
+
+
+def _scene_vlm(mask: str) -> tuple[Any, Any]:
+    """A small vision-language model that ships, and its processor."""
+    folder = weights.shipped("scene_vlm") / mask
+    return LlavaForConditionalGeneration.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def _panel(picture: np.ndarray) -> Image.Image:
+    return Image.fromarray(picture).resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
+
+
+def _read(model: Any, processor: Any, example: Example) -> tuple[str, np.ndarray]:
+    """The reply, and what its first word read of the picture through all layers."""
+    inputs = prompts(processor, [example])
+    found = read_of(model, inputs, rollout=True)
+    return processor.decode(found.answer, skip_special_tokens=True), np.asarray(
+        found.draw(_panel(example.picture), token=0)
+    )
+
+
+def _first(kind: str, form: str = "word", seed: int = 0) -> Example:
+    """The first held-out question of a kind and a form."""
+    return next(e for e in held_out(400, seed) if e.question.kind == kind and e.question.format == form)
+
+
+def mma() -> None:
+    """The mask of one prompt, causal and open, and what the answers of the two models read."""
+    (causal, processor), (mutual, _) = _scene_vlm("causal"), _scene_vlm("mma")
+    stop = processor.tokenizer.convert_tokens_to_ids("<assistant>")
+    rows = []
+    for kind in ("shape", "same"):
+        example = _first(kind)
+        panels = [(example.question.text, np.asarray(_panel(example.picture)))]
+        for model, title, switch in (
+            (causal, "causal", nullcontext()),
+            (mutual, "mutual", modality_mutual_attention(mutual, stop_token_id=stop)),
+        ):
+            with switch:
+                reply, shown = _read(model, processor, example)
+            panels.append((f"{title}: {reply}", shown))
+        ids = prompts(processor, [example])["input_ids"]
+        image_token_id = causal.config.image_token_id
+        mask = mutual_mask(ids, image_token_id=image_token_id, tokens_per_image=1, stop_token_id=stop)[0, 0]
+        rows.append([*panels, ("the mask; yellow: opened", _drawn_mask(mask, ids[0] == image_token_id))])
+    sheet("mma", rows)
+
+
+def _drawn_mask(mask: Tensor, image: Tensor) -> np.ndarray:
+    """A mask `[L, L]`: what is seen, lighter where an image is read, and what is seen ahead."""
+    colour = torch.tensor([[38, 40, 46], [70, 110, 180], [120, 170, 215], [253, 200, 40]], dtype=torch.uint8)
+    kind = mask.long() * torch.where(image, 2, 1)
+    kind[mask & torch.ones_like(mask).triu(1)] = 3
+    drawn = Image.fromarray(colour[kind].numpy())
+    return np.asarray(drawn.resize((_PANEL, _PANEL), Image.Resampling.NEAREST))
+
+
+def vmtc() -> None:
+    """Which tokens are kept, and which are merged with which, at three budgets."""
+    model, processor = _scene_vlm("causal")
+    rows = []
+    for kind in ("shape", "count"):
+        example = _first(kind)
+        inputs = prompts(processor, [example])
+        panels = [(example.question.text, np.asarray(_panel(example.picture)))]
+        for keep in ("1/2", "1/4", "1/8"):
+            with compress_visual_tokens(model, keep_ratio=1 / int(keep[2:])) as handle, torch.no_grad():
+                written = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+            last = handle.settings.last
+            assert last is not None
+            reply = processor.decode(written, skip_special_tokens=True)
+            panels.append((f"{keep}: {reply}", _tokens_over(example.picture, last.pictures[0].target)))
+        rows.append(panels)
+    sheet("vmtc", rows)
+
+
+def _tokens_over(picture: np.ndarray, target: Tensor) -> np.ndarray:
+    """A picture where its tokens were kept; others in the colour of the token that they went into."""
+    side, shown = _PANEL // GRID, np.asarray(_panel(picture)).copy()
+    merged = [int(t) for t in target.unique() if (target == t).sum() > 1]
+    for index, into in enumerate(target.tolist()):
+        if into in merged:
+            top, left = index // GRID * side, index % GRID * side
+            hue = np.uint8([[[25 + 130 * merged.index(into) // max(len(merged), 1), 120, 190]]])
+            colour = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0]
+            patch = shown[top : top + side, left : left + side]
+            patch[:] = (0.25 * patch + 0.75 * colour).astype(np.uint8)
+            patch[-1], patch[:, -1] = 255, 255
+    return shown
+
+
+def cmai() -> None:
+    """What the answer reads of the picture, plain and inhibited."""
+    model, processor = _scene_vlm("causal")
+    rows = []
+    for kind in ("colour", "same"):
+        example = _first(kind)
+        panels = [(example.question.text, np.asarray(_panel(example.picture)))]
+        for title, switch in (
+            ("plain", nullcontext()),
+            ("keeps 1/2", inhibit_cross_modality(model, keep_ratio=0.5)),
+            ("keeps 1/8", inhibit_cross_modality(model, keep_ratio=0.125)),
+        ):
+            with switch:
+                reply, shown = _read(model, processor, example)
+            panels.append((f"{title}: {reply}", shown))
+        rows.append(panels)
+    sheet("cmai", rows)
+
+
 PICTURES: dict[str, Callable[[], None]] = {
     "biformer": biformer,
     "litv2": litv2,
@@ -295,6 +413,9 @@ PICTURES: dict[str, Callable[[], None]] = {
     "dcal": dcal,
     "tap": tap,
     "astar": astar,
+    "mma": mma,
+    "vmtc": vmtc,
+    "cmai": cmai,
 }
 
 

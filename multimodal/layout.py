@@ -233,7 +233,7 @@ def _tiles(input_ids: Tensor, image: Tensor, valid: Tensor, marker: int | Tensor
     return (inside | opening | closing) & ~image, _run_starts(image) & ~joined
 
 
-def _layer_before_projector(layers: nn.ModuleList, config: Any) -> nn.Module:
+def _layer_before_projector(layers: Any, config: Any) -> Any:
     """The vision layer whose output `config.vision_feature_layer` takes; the deepest where it takes several."""
     chosen = config.vision_feature_layer
     outputs = [chosen] if isinstance(chosen, int) else list(chosen)

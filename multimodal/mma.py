@@ -84,11 +84,18 @@ def open_mask(decoder: PreTrainedModel, given: dict[str, Any], spans: Spans) -> 
     if not (isinstance(mask, dict | BlockMask) or (isinstance(mask, Tensor) and mask.ndim == 4)):
         _refuse_packed(decoder, given)
         mask = create_masks_for_generate(decoder.config, embeds, mask, cache)
+    if mask is None and not _is_causal(decoder):
+        return None  # every token sees every other
     if not isinstance(mask, dict):
         return _opened(mask, spans, cache, 0)
     kinds = decoder.config.layer_types
     # Masks of kinds that no layer is of are not used.
     return {kind: _opened(own, spans, cache, kinds.index(kind)) if kind in kinds else own for kind, own in mask.items()}
+
+
+def _is_causal(decoder: PreTrainedModel) -> bool:
+    """Whether attention without a mask is causal; PaliGemma's is not."""
+    return all(getattr(layer, "is_causal", True) for layer in decoder.modules() if hasattr(layer, "layer_idx"))
 
 
 def _opened(mask: Tensor | BlockMask | None, spans: Spans, cache: Cache | None, layer: int) -> Tensor | BlockMask:

@@ -312,7 +312,7 @@ def sample_question(
     answers = sorted({answer for _, answer in asked})
     answer = answers[rng.integers(len(answers))]
     texts = [text for text, given in asked if given == answer]
-    return Question(kind, texts[rng.integers(len(texts))], answer, formats[rng.integers(len(formats))])
+    return Question(kind, texts[rng.integers(len(texts))], answer, formats[int(rng.integers(len(formats)))])
 
 
 @dataclass(frozen=True)

@@ -103,10 +103,16 @@ a vision-language model can be seen on any machine and without a download.
 ```python
 model = LlavaForConditionalGeneration.from_pretrained("{folder}")
 processor = AutoProcessor.from_pretrained("{folder}")
-content = [{{"type": "image", "image": picture}}, {{"type": "text", "text": "{prompt}"}}]
+content = [
+    {{"type": "image", "image": picture}},
+    {{"type": "text", "text": "{prompt}"}},
+]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
 )
 tokens = model.generate(**inputs)
 processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

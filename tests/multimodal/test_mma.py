@@ -256,6 +256,8 @@ def test_a_row_of_a_batch_is_the_row_alone(family: Any, padding: str):
     model, _ = family()
     prompts = (TURNS, BESIDE, BETWEEN)
     inputs = tiny.batch(model, prompts, padding=padding)
+    if family is tiny.paligemma:  # without, transformers makes it causal in a padded batch and not so alone
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     mask = inputs["attention_mask"]
     positions = {} if "mm_token_type_ids" in inputs else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     with switch(model):
@@ -269,8 +271,9 @@ def rows_of(model: Any, inputs: dict[str, Tensor], prompts: Sequence[Any], row: 
     """One row of a batch, without padding, and its pictures."""
     own = inputs["attention_mask"][row].bool()
     alone = {n: inputs[n][row : row + 1, own] for n in ("input_ids", "attention_mask") if n in inputs}
-    if "mm_token_type_ids" in inputs:
-        alone["mm_token_type_ids"] = inputs["mm_token_type_ids"][row : row + 1, own]
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            alone[name] = inputs[name][row : row + 1, own]
     first, count = (sum(p.count(tiny.IMAGE) for p in some) for some in (prompts[:row], prompts[row : row + 1]))
     pictures = slice(first, first + count)
     if model.config.model_type in ("idefics3", "smolvlm"):
@@ -503,3 +506,13 @@ def test_a_static_cache_of_the_callers_is_filled_alike():
     with switch(model):
         cache = StaticCache(config=model.config.text_config, max_cache_len=64)
         same(logits(model, {**inputs, "cache": cache}), logits(model, inputs))
+
+
+def test_where_everything_is_seen_without_a_mask_it_stays_seen():
+    """PaliGemma's layers are not causal by themselves: a prompt without padding sees itself in both directions."""
+    model, inputs = tiny.paligemma()
+    alone = {"input_ids": inputs["input_ids"][:1], "pixel_values": inputs["pixel_values"][:1]}
+    with torch.no_grad():
+        plain = model(**alone).logits
+        with modality_mutual_attention(model, stop_token_id=tiny.STOP):
+            assert torch.equal(model(**alone).logits, plain)
