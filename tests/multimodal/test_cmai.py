@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_vlm as tiny
 import torch
+from tiny_vlm import continued, logits, same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -35,34 +36,12 @@ BOTH = [0, 1]  # layers of a tiny model
 switch: Any = functools.partial(inhibit_cross_modality, layers=BOTH, keep_ratio=0.3)
 
 
-@torch.no_grad()
-def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs).logits
-
-
-def continued(inputs: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
-    """Inputs for a prompt together with its answer, at the positions that `generate` gives them."""
-    new = sequences.shape[1] - inputs["input_ids"].shape[1]
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
-    more = {**inputs, "input_ids": sequences, "attention_mask": mask}
-    if "mm_token_type_ids" in inputs:  # Qwen's positions follow from the mask
-        more["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new))
-    else:
-        more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return more
-
-
 def cache_error(model: Any, inputs: dict[str, Tensor], **generation: Any) -> float:
     """The largest difference of logits between generating with a cache and one forward of it all, under the switch."""
     out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **generation)
     full = logits(model, continued(inputs, out.sequences))
     new = len(out.logits)
     return float((torch.stack(out.logits, 1) - full[:, -new - 1 : -1]).abs().max())
-
-
-def same(got: Tensor, expected: Tensor) -> None:
-    """Float32 rounds differently in another order of sums: to 1e-5 of the largest logit."""
-    torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 # The reference: everything for one batch row, head and token at a time, in float64.

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny_vlm as tiny
 import torch
+from tiny_vlm import logits
 from torch import Tensor
 
 import multimodal
@@ -35,11 +36,6 @@ def switched(model: Any, names: Sequence[str]) -> Iterator[None]:
         for name in names:
             stack.enter_context(SWITCHES[name](model))
         yield
-
-
-@torch.no_grad()
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs).logits
 
 
 def traces(model: Any) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_vlm as tiny
 import torch
+from tiny_vlm import continued, logits, same
 from torch import Tensor
 from transformers import CLIPVisionConfig, Gemma2Config, LlavaConfig, LlavaForConditionalGeneration, StaticCache
 from transformers.masking_utils import create_masks_for_generate
@@ -35,32 +36,10 @@ LAST = (tiny.BOS, 20, 21, tiny.IMAGE, tiny.STOP)
 switch: Any = functools.partial(modality_mutual_attention, stop_token_id=tiny.STOP)
 
 
-@torch.no_grad()
-def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs).logits
-
-
-def same(got: Tensor, expected: Tensor) -> None:
-    """Float32 rounds differently in another order of sums: to 1e-5 of the largest logit."""
-    torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
-
-
 def answered(model: Any, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
     """The tokens that are generated, and their logits `[B, new, V]`."""
     out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
     return out.sequences, torch.stack(out.logits, 1)
-
-
-def continued(inputs: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
-    """Inputs for a prompt together with its answer, at the positions that `generate` gives them."""
-    new = sequences.shape[1] - inputs["input_ids"].shape[1]
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
-    more = {**inputs, "input_ids": sequences, "attention_mask": mask}
-    if "mm_token_type_ids" in inputs:  # Qwen's positions follow from the mask
-        more["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new))
-    else:
-        more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return more
 
 
 def drawn(rows: Sequence[str]) -> Tensor:

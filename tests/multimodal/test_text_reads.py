@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_vlm as tiny
 import torch
+from tiny_vlm import logits
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -17,11 +18,6 @@ from multimodal.layout import find_layout
 from multimodal.text_reads import TextReads
 
 switch: Any = functools.partial(inhibit_cross_modality, layers=[0, 1], keep_ratio=0.3)
-
-
-@torch.no_grad()
-def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs).logits
 
 
 def test_beams_take_what_was_read_with_them():

@@ -12,6 +12,7 @@ import pytest
 import tiny_aki
 import tiny_vlm as tiny
 import torch
+from tiny_vlm import continued, logits, same
 from torch import Tensor
 
 from multimodal.layout import find_layout
@@ -26,23 +27,6 @@ FAMILIES = {**tiny.FAMILIES, "aki": aki}
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
 
-@torch.no_grad()
-def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs).logits
-
-
-def continued(inputs: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
-    """Inputs for a prompt together with its answer, at the positions that `generate` gives them."""
-    new = sequences.shape[1] - inputs["input_ids"].shape[1]
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
-    more = {**inputs, "input_ids": sequences, "attention_mask": mask}
-    if "mm_token_type_ids" in inputs:  # Qwen's positions follow from the mask
-        more["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new))
-    else:
-        more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return more
-
-
 @contextmanager
 def decoder_inputs(model: Any) -> Iterator[list[dict[str, Any]]]:
     """What the language model is given, forward by forward."""
@@ -50,11 +34,6 @@ def decoder_inputs(model: Any) -> Iterator[list[dict[str, Any]]]:
     hook = model.get_decoder().register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
     yield seen
     hook.remove()
-
-
-def near(got: Tensor, expected: Tensor) -> None:
-    """Float32 rounds differently in another order of sums: to 1e-5 of the largest logit."""
-    torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 @families
@@ -92,7 +71,7 @@ def test_the_decoder_gets_text_as_it_was_and_compressed_pictures_in_their_places
         merged = int(total / 6 + 1e-4)
         expected = compress(before[None], own.scores[None], total - merged, merged)
         assert torch.equal(own.index, expected.index[0]) and len(after) == total
-        near(after, expected.features[0])
+        same(after, expected.features[0])
 
 
 @families
@@ -103,7 +82,7 @@ def test_generating_with_a_cache_is_the_full_forward(family: Any):
         last = handle.settings.last
         full = logits(model, continued(inputs, out.sequences))
     assert torch.equal(out.sequences[:, :-5], inputs["input_ids"]) and last is not None
-    near(torch.stack(out.logits, 1), full[:, -6:-1])
+    same(torch.stack(out.logits, 1), full[:, -6:-1])
     # Of keys and values there are as many as text tokens and those left of the pictures.
     image = find_layout(model, inputs["input_ids"]).image
     text = (inputs["attention_mask"].bool() & ~image).sum(1).tolist()
@@ -130,7 +109,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(family: Any):
             masks = handle.settings.last.attention_mask.bool()
             assert (masks[:, -1 if padding == "left" else 0]).all()
             for row, mask, alone in zip(rows, masks, _alone(make, prompts, together), strict=True):
-                near(row[mask], logits(model, alone)[0])
+                same(row[mask], logits(model, alone)[0])
 
 
 def _alone(make: Any, prompts: list[list[int]], together: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -212,7 +191,7 @@ def test_decoding_by_forwards_is_generate(family: Any):
         assert handle.settings.last is not None
         given = {"attention_mask": handle.settings.last.attention_mask}
         for token, expected in zip(out.sequences[0, -3:], out.logits, strict=True):
-            near(step.logits[:, -1], expected)
+            same(step.logits[:, -1], expected)
             if family is tiny.qwen2_5_vl:  # which takes no mask of one token more, with this switch or without
                 given = {}
             else:
@@ -239,7 +218,7 @@ def test_a_second_turn_goes_on_from_the_cache_of_the_first(family: Any, pictures
         fresh = model.generate(**both, return_dict_in_generate=True, output_logits=True)
         second = model.generate(**both, cache=first.cache, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(second.sequences, fresh.sequences) and torch.equal(fresh.sequences[:, : more.shape[1]], more)
-    near(torch.stack(second.logits), torch.stack(fresh.logits))
+    same(torch.stack(second.logits), torch.stack(fresh.logits))
 
 
 @pytest.mark.parametrize("family", [tiny.llava_clip, tiny.qwen2_vl, tiny.paligemma], ids=lambda f: f.__name__)
@@ -334,7 +313,7 @@ def test_before_a_connector_the_encoder_s_tokens_are_merged():
         with compress_visual_tokens(model, **dropped):
             behind = logits(model, inputs)
         with compress_visual_tokens(model, **dropped, before_connector=True):
-            near(logits(model, inputs), behind)
+            same(logits(model, inputs), behind)
         with compress_visual_tokens(model, num_tokens=6, merge_share=0.5, before_connector=True) as handle:
             merged = logits(model, inputs)
         assert merged.shape == behind.shape and not torch.allclose(merged, behind, atol=1e-4)
@@ -362,7 +341,7 @@ def test_a_model_that_is_compiled_under_the_switch_does_what_it_did():
     with compress_visual_tokens(model, num_tokens=6):
         expected = logits(model, inputs)
         compiled = torch.compile(model, backend="eager")
-        near(logits(compiled, inputs), expected)
+        same(logits(compiled, inputs), expected)
     with pytest.raises(TypeError, match="compiled"):
         compress_visual_tokens(compiled, num_tokens=6)
 

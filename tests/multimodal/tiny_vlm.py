@@ -302,3 +302,26 @@ FAMILIES = {
         paligemma,
     )
 }
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Of one forward, `[B, L, V]`."""
+    return model(**inputs).logits
+
+
+def continued(inputs: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
+    """Inputs for a prompt together with its answer, at the positions that `generate` gives them."""
+    new = sequences.shape[1] - inputs["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
+    more = {**inputs, "input_ids": sequences, "attention_mask": mask}
+    if "mm_token_type_ids" in inputs:  # Qwen's positions follow from the mask
+        more["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new))
+    else:
+        more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return more
+
+
+def same(got: Tensor, expected: Tensor) -> None:
+    """Float32 rounds differently in another order of sums: to 1e-5 of the largest logit."""
+    torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
