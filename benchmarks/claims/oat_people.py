@@ -48,7 +48,7 @@ __all__ = [
 
 ROWS, COLUMNS = 6, 14
 SAMPLES = 20  # predictions for each scanpath
-STEPS, LEARNING_RATE, IMAGES = 500, 3e-3, 8  # of training; images of a batch
+STEPS, LEARNING_RATE, IMAGES = 1000, 3e-3, 8  # of training; images of a batch
 CHAINS = {
     "uniform": fit_uniform,
     "centre": fit_centre,
@@ -139,7 +139,7 @@ def fit_oat(people: People, seed: int, steps: int = STEPS) -> OAT:
     """Trains an OAT without appearance on searches and their mirror images."""
     torch.manual_seed(seed)
     longest = max(len(path) for path, usual in zip(people.paths, people.usual, strict=True) if usual)
-    model = OAT(small(ROWS, COLUMNS, appearance="none", dropout=0.2, max_length=longest))
+    model = OAT(small(ROWS, COLUMNS, appearance="none", dropout=0.25, max_length=longest))
     train(model, _batches(people, np.random.default_rng(seed)), steps, LEARNING_RATE, weight_decay=0.05)
     return model
 
