@@ -159,8 +159,8 @@ def measure_people(folder: Path) -> tuple[Measured, dict[str, dict[str, float]]]
     """Real searches: nats and ScanMatch of each picture, and all scores of all searchers.
 
     Returns:
-        Values `[pictures]` by "nats: NAME" or "ScanMatch: NAME" and run; and by searcher its scores, of OAT means over
-        the runs and for each run.
+        Values `[pictures]` by "nats: NAME" or "ScanMatch: NAME" and run; and by searcher its scores, of OAT for each
+        run.
     """
     parts = oat_people.read_people(folder)
     known, people = parts["train"], parts["test"]

@@ -138,8 +138,21 @@ def _spread(values: list[float], percent: bool = False) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.1%}" if percent else f"{mean:.3f}"
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    half = _half_width(values)
     return f"{mean:.1%} ± {half:.1%}" if percent else f"{mean:.3f} ± {half:.3f}"
+
+
+def _score(name: str, values: list[float]) -> str:
+    """A score as it is printed."""
+    digits = _DIGITS.get(name, 3)
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {_half_width(values):.{digits}f}"
+
+
+def _half_width(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean (t)."""
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def scenes_table(measured: Measured) -> Table:
@@ -168,15 +181,15 @@ def in_band(scores: Mapping[str, float]) -> bool:
 
 
 def people_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
-    """All scores of all searchers on people's searches."""
-    rows = [
-        [
-            name,
-            *(f"{own[score]:.{_DIGITS.get(score, 3)}f}" if score in own else "" for score in _SCORES),
-            "yes" if in_band(own) else "no",
-        ]
-        for name, own in scores.items()
-    ]
+    """All scores of all searchers on people's searches; of what was trained several times the mean and its interval."""
+    runs: dict[str, list[Mapping[str, float]]] = {}
+    for name, own in scores.items():
+        runs.setdefault(name.partition(", run ")[0], []).append(own)
+    rows = []
+    for name, every in runs.items():
+        held = sum(map(in_band, every))
+        cells = [_score(score, [own[score] for own in every]) if score in every[0] else "" for score in _SCORES]
+        rows.append([name, *cells, f"{held} of {len(every)} runs" if len(every) > 1 else "yes" if held else "no"])
     bars = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in BAND.items())
     return Table(f"People's searches; asked beforehand, together: {bars}", ["predictor", *_SCORES, "all asked"], rows)
 
