@@ -31,7 +31,7 @@ from vision.scanpath.scenes import PAD, Scenes
 __all__ = ["SHIPPED", "Searches", "draw_searches", "likelihoods", "searches_of", "small", "step_loss", "train"]
 
 TARGETS, SEARCHES = 4, 2  # of each scene of a batch, and of each of its targets
-STEPS, LEARNING_RATE, WARMUP = 1500, 4e-3, 0.1
+STEPS, LEARNING_RATE, WARMUP = 3000, 4e-3, 0.1
 SEED = 0
 _PARTS = 6  # of a batch, by length
 
