@@ -415,15 +415,9 @@ def _layers(layers: Sequence[int] | None, count: int, source: Source) -> frozens
     return chosen
 
 
-def _attach(model: PreTrainedModel) -> Callable[[], None]:
+def _attach(model: PreTrainedModel) -> list[Callable[[], None]]:
     decoder = model.get_decoder()
-    takers = [interpose(decoder), _handover.attach(model), decoder.register_forward_hook(_end, with_kwargs=True).remove]
-
-    def detach() -> None:
-        for take_off in takers:
-            take_off()
-
-    return detach
+    return [interpose(decoder), _handover.attach(model), decoder.register_forward_hook(_end, with_kwargs=True).remove]
 
 
 inhibit_cross_modality = Switch(_NAME, settings=_settings, attach=_attach)

@@ -338,14 +338,8 @@ def _check_prompt(spans: Spans, image: Tensor, cache: Cache | None) -> None:
         raise ValueError(_in_parts("the cache ends between an image and its question"))
 
 
-def _attach(model: PreTrainedModel) -> Callable[[], None]:
-    takers = [_handover.attach(model), around_generate(model, _around_generate)]
-
-    def detach() -> None:
-        for take_off in takers:
-            take_off()
-
-    return detach
+def _attach(model: PreTrainedModel) -> list[Callable[[], None]]:
+    return [_handover.attach(model), around_generate(model, _around_generate)]
 
 
 modality_mutual_attention = Switch(_NAME, settings=_settings, attach=_attach)

@@ -135,14 +135,8 @@ def _settings(model: PreTrainedModel, record: LastRows) -> LastRows:
     return record
 
 
-def _attach(model: PreTrainedModel) -> Callable[[], None]:
-    takers = [interpose(model.get_decoder()), _handover.attach(model)]
-
-    def detach() -> None:
-        for take_off in takers:
-            take_off()
-
-    return detach
+def _attach(model: PreTrainedModel) -> list[Callable[[], None]]:
+    return [interpose(model.get_decoder()), _handover.attach(model)]
 
 
 recording = Switch(_NAME, settings=_settings, attach=_attach)

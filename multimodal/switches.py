@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -98,14 +98,14 @@ class Switch(Generic[Options, Settings]):
         self,
         name: str,
         settings: Callable[Concatenate[PreTrainedModel, Options], Settings],
-        attach: Callable[[PreTrainedModel], Callable[[], None]],
+        attach: Callable[[PreTrainedModel], Sequence[Callable[[], None]]],
     ) -> None:
         self.name = name
         self._settings, self._attach = settings, attach
         self._entered = contextvars.ContextVar[Mapping[int, tuple[PreTrainedModel, Settings]]](name, default=_NONE)
         self._applied = weakref.WeakKeyDictionary[PreTrainedModel, Settings]()
         self._users = weakref.WeakKeyDictionary[PreTrainedModel, int]()
-        self._detach = weakref.WeakKeyDictionary[PreTrainedModel, Callable[[], None]]()
+        self._takers = weakref.WeakKeyDictionary[PreTrainedModel, Sequence[Callable[[], None]]]()
         self.__doc__ = settings.__doc__
 
     def __call__(self, model: PreTrainedModel, /, *args: Options.args, **options: Options.kwargs) -> Handle[Settings]:
@@ -161,7 +161,7 @@ class Switch(Generic[Options, Settings]):
 
     def _hold(self, model: PreTrainedModel) -> None:
         if model not in self._users:
-            self._detach[model] = self._attach(model)
+            self._takers[model] = self._attach(model)
         self._users[model] = self._users.get(model, 0) + 1
 
     def _release(self, model: PreTrainedModel) -> None:
@@ -169,7 +169,8 @@ class Switch(Generic[Options, Settings]):
             self._users[model] -= 1
             if self._users[model] == 0:
                 del self._users[model]
-                self._detach.pop(model)()
+                for take_off in self._takers.pop(model):
+                    take_off()
 
 
 def _refuse_compiled(model: object, name: str) -> None:

@@ -375,19 +375,13 @@ def _fewer_in_all(model: PreTrainedModel, given: dict[str, Any], gone: int) -> d
     return {name: value for name, value in given.items() if name not in changed} | {"generation_config": config}
 
 
-def _attach(model: PreTrainedModel) -> Callable[[], None]:
-    takers = [
+def _attach(model: PreTrainedModel) -> list[Callable[[], None]]:
+    return [
         # Before all others: the prompt that these see is the shorter one.
         model.register_forward_pre_hook(uncompiled(_before), with_kwargs=True, prepend=True).remove,
         around_generate(model, _around_generate, outermost=True),
         listen_to(model),
     ]
-
-    def detach() -> None:
-        for take_off in takers:
-            take_off()
-
-    return detach
 
 
 compress_visual_tokens = Switch(_NAME, settings=_settings, attach=_attach)

@@ -25,14 +25,14 @@ def _settings(model: PreTrainedModel, *, by: float) -> float:
     return by
 
 
-def _attach(model: PreTrainedModel) -> Callable[[], None]:
+def _attach(model: PreTrainedModel) -> list[Callable[[], None]]:
     def hook(module: Any, args: Any, output: Any) -> Any:
         by = shift.active(module)
         if by is not None:
             output.logits = output.logits + by
         return output
 
-    return model.register_forward_hook(hook).remove
+    return [model.register_forward_hook(hook).remove]
 
 
 shift = Switch("the shift", settings=_settings, attach=_attach)
