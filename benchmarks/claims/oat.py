@@ -44,7 +44,8 @@ from numpy.typing import NDArray
 
 from benchmarks import machine
 from benchmarks.claims import oat_people
-from benchmarks.claims.oat_report import Measured, claims, load, people_table, save, scenes_table, transfer_table
+from benchmarks.claims.measured import Measured, load, save
+from benchmarks.claims.oat_report import claims, people_table, scenes_table, transfer_table
 from benchmarks.claims.report import RESULTS, Report
 from recipes.markov_search import MarkovSearcher
 from recipes.search_model import draw_searches, likelihoods, searches_of, small, train

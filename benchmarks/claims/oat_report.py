@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
+from benchmarks.claims.measured import Measured, runs, spread
 from benchmarks.claims.paired import Comparison, compare_runs, holm, verdict
 from benchmarks.claims.report import Claim, Table
 
 __all__ = [
     "BAND",
-    "Measured",
     "claims",
     "gap_closed",
     "in_band",
-    "load",
     "people_table",
-    "save",
     "scenes_table",
     "transfer_table",
 ]
-
-Measured = dict[tuple[str, int], NDArray[np.float64]]
-"""By name and training run (0 where nothing is trained) a value for each scene or picture."""
 
 BAND: dict[str, tuple[float, float]] = {
     "nats": (0.0, 3.15),
@@ -41,17 +33,10 @@ BAND: dict[str, tuple[float, float]] = {
 _GAP_ASKED = 0.6
 
 
-def _runs(measured: Measured, name: str, like: str | None = None) -> list[list[float]]:
-    """The runs of a name; what was not trained is repeated for each run of another."""
-    own = [values.tolist() for (known, _), values in measured.items() if known == name]
-    count = sum(known == like for known, _ in measured)
-    return own * count if like is not None and len(own) == 1 else own
-
-
 def gap_closed(measured: Measured, name: str = "OAT") -> list[float]:
     """Of each run the share of the gap between 'Markov + target' and the searcher itself that a model closes."""
     below, above = (float(measured[bound, 0].mean()) for bound in ("searcher itself", "Markov + target"))
-    return [(above - statistics.fmean(run)) / (above - below) for run in _runs(measured, name)]
+    return [(above - statistics.fmean(run)) / (above - below) for run in runs(measured, name)]
 
 
 @dataclass(frozen=True)
@@ -115,8 +100,8 @@ def claims(measured: Mapping[str, Measured], seeds: tuple[int, int]) -> list[Cla
     cases = [asked for asked in _ASKED if asked.part in known]
     compared = []
     for asked in cases:
-        ours = _runs(known[asked.part], asked.ours, asked.theirs)
-        theirs = _runs(known[asked.part], asked.theirs, asked.ours)
+        ours = runs(known[asked.part], asked.ours, asked.theirs)
+        theirs = runs(known[asked.part], asked.theirs, asked.ours)
         compared.append((float(np.mean(theirs)), float(np.mean(ours)), compare_runs(ours, theirs)))
     rows = []
     for asked, (before, now, found), p in zip(cases, compared, holm([own[2].p for own in compared]), strict=True):
@@ -124,22 +109,13 @@ def claims(measured: Mapping[str, Measured], seeds: tuple[int, int]) -> list[Cla
         difference = asked.sign * found.difference
         words = _in_words(asked, before, now, found, p)
         if asked.theirs == "60 % of the gap":
-            words = f"{_spread(gap_closed(known['scenes']), percent=True)} of it closed; at 60 %: {words}"
+            words = f"{spread(gap_closed(known['scenes']), percent=True)} of it closed; at 60 %: {words}"
         rows.append(
             Claim(
                 asked.claim, asked.published, words, verdict(difference, p), found.n, seeds, difference, (low, high), p
             )
         )  # fmt: skip
     return rows
-
-
-def _spread(values: list[float], percent: bool = False) -> str:
-    """The mean of runs with its 95 % interval (t)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.1%}" if percent else f"{mean:.3f}"
-    half = _half_width(values)
-    return f"{mean:.1%} ± {half:.1%}" if percent else f"{mean:.3f} ± {half:.3f}"
 
 
 def _score(name: str, values: list[float]) -> str:
@@ -159,8 +135,8 @@ def scenes_table(measured: Measured) -> Table:
     """Nats of all on the scenes, and how much of the gap each closes."""
     rows = []
     for name in dict.fromkeys(name for name, _ in measured):
-        nats = [statistics.fmean(run) for run in _runs(measured, name)]
-        rows.append([name, _spread(nats), _spread(gap_closed(measured, name), percent=True), str(len(nats))])
+        nats = [statistics.fmean(run) for run in runs(measured, name)]
+        rows.append([name, spread(nats), spread(gap_closed(measured, name), percent=True), str(len(nats))])
     title = "OAT on scenes: nats a token (mean of the runs, 95 % interval of the mean)"
     return Table(title, ["predictor", "nats", "of the gap closed", "runs"], rows)
 
@@ -192,20 +168,3 @@ def people_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
         rows.append([name, *cells, f"{held} of {len(every)} runs" if len(every) > 1 else "yes" if held else "no"])
     bars = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in BAND.items())
     return Table(f"People's searches; asked beforehand, together: {bars}", ["predictor", *_SCORES, "all asked"], rows)
-
-
-def save(measured: Measured, path: Path) -> None:
-    """A row for each scene or picture, a column for each name and run."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f"{name} #{run}" for name, run in measured])
-        writer.writerows([f"{value:.6f}" for value in row] for row in np.stack(list(measured.values()), 1))
-
-
-def load(path: Path) -> Measured:
-    """Reads what `save` wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    columns = np.array(rows, float).T
-    names = [name.rpartition(" #") for name in header]
-    return {(name, int(run)): values for (name, _, run), values in zip(names, columns, strict=True)}

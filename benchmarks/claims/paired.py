@@ -20,6 +20,7 @@ __all__ = [
     "compare",
     "compare_runs",
     "holm",
+    "judged",
     "rate_interval",
     "sign_test",
     "verdict",
@@ -155,3 +156,9 @@ def verdict(difference: float, p: float, *, least: float = 0.0, level: float = 0
     if p >= level or abs(difference) <= least:
         return "not shown at this scale"
     return "shown" if difference > 0 else "contradicted"
+
+
+def judged(found: Comparison, p: float, sign: int) -> Verdict:
+    """`verdict`, which says something only where the interval over runs and questions leaves out 0 too."""
+    low, high = found.interval
+    return verdict(sign * found.difference, p) if low > 0 or high < 0 else "not shown at this scale"

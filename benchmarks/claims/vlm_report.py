@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.claims.paired import Comparison, Verdict, compare_runs, holm, verdict
+from benchmarks.claims.paired import Comparison, compare_runs, holm, judged
 from benchmarks.claims.report import Claim
 from benchmarks.claims.scene_vlm import Answer, Results, shares
 
@@ -58,12 +58,6 @@ def in_words(found: Comparison, p: float) -> str:
     low, high = found.interval
     counts = f"{found.better} gained and {found.worse} lost of {found.n}"
     return f"{found.difference:+.1%} ({low:+.1%} to {high:+.1%}), {counts}, p = {p:.2g}"
-
-
-def judged(found: Comparison, p: float, sign: int) -> Verdict:
-    """`paired.verdict`, which says something only where the interval over runs and questions leaves out 0 too."""
-    low, high = found.interval
-    return verdict(sign * found.difference, p) if low > 0 or high < 0 else "not shown at this scale"
 
 
 def claims(results: Results, asked: Sequence[Pair], seeds: tuple[int, int]) -> list[Claim]:

@@ -160,7 +160,7 @@ class LearnedCode(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """`[..., 1]`, rounded to whole numbers → `[..., C]`."""
-        return self.table(positions[..., 0].round().long())
+        return self.table(positions[..., 0].float().round().long())  # of flags, which are bool, too
 
 
 class PositionCode(nn.Module):

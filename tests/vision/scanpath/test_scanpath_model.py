@@ -102,7 +102,8 @@ def test_a_sinusoid_does_not_follow_distance_and_learned_codes_learn():
     assert (cosine[:7] - torch.tensor(GAUSSIAN)).abs().max() > 0.3
     learned = PositionCode("learned", 256, (6, 14))
     assert size(learned) == 14 * 86 + 2 * 84 and not any(size(PositionCode(k)) for k in ("distance", "sinusoidal"))
-    learned(cells(6, 14), torch.ones(84)).square().sum().backward()
+    flags = torch.ones(84, dtype=torch.bool)  # as models give them
+    learned(cells(6, 14), flags).square().sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in learned.parameters())
 
 
