@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 if TYPE_CHECKING:
     from .sources import Source
 
-__all__ = ["Decoded", "Decoder", "Framing", "View", "image_suffixes", "read_image"]
+__all__ = ["Decoded", "Decoder", "Framing", "Unreadable", "View", "image_suffixes", "read_image", "read_source"]
 
 # Documents, drawings and scientific containers that Pillow lists but cannot read, or only with another program.
 _NOT_PHOTOGRAPHS = frozenset({"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
@@ -73,6 +73,31 @@ def read_image(file: BinaryIO) -> Image.Image:
         except Exception:
             pass
         return _to_rgb(image)
+
+
+class Unreadable(Exception):
+    """A source cannot be read; the message is one line without its name, which stands beside it."""
+
+
+def read_source(source: Source) -> Image.Image:
+    """Reads the picture of one source, upright, as RGB.
+
+    Args:
+        source: A file or a place in an archive.
+
+    Returns:
+        The picture in mode `RGB`; of one that is far longer than wide the middle.
+
+    Raises:
+        Unreadable: Why not.
+    """
+    if source.error is not None:
+        raise Unreadable(source.error)
+    try:
+        with _open(source) as file:
+            return _cut_strip(read_image(file))
+    except Exception as error:
+        raise Unreadable(_explain(error, source)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
