@@ -10,6 +10,7 @@ import typer
 from . import options as opt
 from .ask.command import ask
 from .clip.choice import ClipChoice
+from .evaluate.command import evaluate
 from .generate.command import SeveralSubjects, generate
 from .models import ModelChoice, SegmenterChoice
 from .scanpath.command import scanpath
@@ -251,6 +252,7 @@ def segment(
 app.command(cls=SeveralSubjects)(generate)
 app.command()(verb(ask))
 app.command()(verb(scanpath))
+app.command()(verb(evaluate))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -26,7 +26,6 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .batch.job import Summary
-    from .batch.sources import Inputs
     from .batch.stage import Column, Row, Stage
     from .catalog import ModelFacts
 
@@ -65,7 +64,7 @@ class RunReport:
         """One line on stderr."""
         stderr.print(message, markup=False)
 
-    def start(self, inputs: Inputs, done: int) -> None:
+    def start(self, inputs: Iterable[object], done: int) -> None:
         """Shows the bar and starts to count the inputs beside the work."""
         if not stderr.is_terminal:
             return
@@ -89,7 +88,7 @@ class RunReport:
             self._progress.stop()
             self._progress = None
 
-    def _count(self, inputs: Inputs) -> None:
+    def _count(self, inputs: Iterable[object]) -> None:
         """Finds the total by listing once more; on a slow disk the bar stays without an end for a while."""
         total = 0
         for _ in inputs:
