@@ -14,6 +14,7 @@ from .evaluate.command import evaluate
 from .generate.command import SeveralSubjects, generate
 from .models import ModelChoice, SegmenterChoice
 from .scanpath.command import scanpath
+from .train.command import train
 from .verb import verb
 
 __all__ = ["app", "main"]
@@ -252,6 +253,7 @@ def segment(
 app.command(cls=SeveralSubjects)(generate)
 app.command()(verb(ask))
 app.command()(verb(scanpath))
+app.command()(verb(train))
 app.command()(verb(evaluate))
 
 
