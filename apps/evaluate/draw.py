@@ -35,7 +35,7 @@ class _Frame(NamedTuple):
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Image.Image:
-    """Draws a confusion matrix; a cell's colour is its share of its row.
+    """Draws a confusion matrix; a cell's colour is its share of its row, of more than 60 classes that share's root.
 
     Up to 60 classes have their names at the sides and up to 20 their counts in the cells; of more there are numbers of
     classes at the sides, so that a thousand classes still fit on a screen.
@@ -78,6 +78,8 @@ def _cells(counts: np.ndarray, cell: int) -> Image.Image:
     """Coloured cells without text; a row of no pictures is grey."""
     total = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(total, 1)
+    if len(counts) > _NAMED:  # a cell of a few pixels would not be seen if it were nearly as dark as its ground
+        share = np.sqrt(share)
     colours = cv2.applyColorMap(np.round(255 * share).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1].copy()
     colours[total[:, 0] == 0] = 200
     large = np.kron(colours, np.ones((cell, cell, 1), np.uint8))
@@ -90,7 +92,7 @@ def _axes(page: Image.Image, frame: _Frame, labels: Sequence[str], shape: tuple[
     """Names of all classes at both sides, or every so many numbers of classes."""
     step = 1 if labels else _step(shape[0])
     draw = ImageDraw.Draw(page)
-    for index in range(0, shape[1], step):
+    for index in range(0, shape[1] if labels else shape[0], step):
         text = labels[index] if labels else str(index)
         middle = round((index + 0.5) * frame.cell)
         if index < shape[0]:

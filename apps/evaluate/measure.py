@@ -131,8 +131,8 @@ class Measures:
             if name == "confusion":
                 continue
             value = float(metric.compute()) if self.n else math.nan
-            ends = wilson(round(value * self.n), self.n) if self.n and name != "ece" else (None, None)
-            made[name] = Score(value, *ends, self.n)
+            right = round(value * self.n) if self.n else 0
+            made[name] = Score(value, *((None, None) if name == "ece" else wilson(right, self.n)), self.n)
         return made
 
     @property

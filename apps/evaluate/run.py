@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class Order:
     severities: str
     reference: str | None
 
-    def plan(self) -> tuple[tuple[str, ...], tuple[int, ...], Reference | None]:
+    def corrupting(self) -> tuple[tuple[str, ...], tuple[int, ...], Reference | None]:
         """Corruptions, severities and reference, checked before anything is loaded.
 
         Raises:
@@ -70,7 +71,7 @@ class Order:
             return names, severities, None
         if not names:
             raise UsageError("--reference is about corruptions; add --corruptions common")
-        if self.metrics is not None and "top1" not in self.metrics.split(","):
+        if self.metrics is not None and "top1" not in [name.strip() for name in self.metrics.split(",")]:
             raise UsageError("--reference needs the top-1 error; add top1 to --metrics")
         return names, severities, read_reference(self.reference, names, severities)
 
@@ -110,7 +111,7 @@ def run(order: Order, model: ModelChoice, machine: Batches, output: str | None, 
         Stopped: It ended early.
     """
     report = RunReport()
-    corruptions, severities, reference = order.plan()
+    corruptions, severities, reference = order.corrupting()
     if output is not None:
         _prepare(output, overwrite)
     data = order.find(report.note)
@@ -154,8 +155,13 @@ def _prepare(folder: str, overwrite: bool) -> None:
     there = [name for name in FILES if os.path.lexists(os.path.join(folder, name))]
     if there and not overwrite:
         raise UsageError(f"{os.path.join(folder, there[0])} exists; choose another -o, or --overwrite what is there")
-    for name in there:  # a report must not be of two evaluations
-        os.unlink(os.path.join(folder, name))
+
+
+def _clear(folder: str) -> None:
+    """Takes away what an earlier evaluation wrote, so that no report is of two."""
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
 
 
 def _samples(data: Labelled, matched: Matched) -> list[Sample]:
@@ -209,8 +215,9 @@ def _work(stage: Evaluate, plan: Plan, batch_size: int, workers: int, report: Ru
 
     try:
         if sink is not None:
+            _clear(os.path.dirname(sink.path))
             sink.begin(0)
-        report.start(plan, 0)
+        report.start(range(len(plan)), 0)
         with Stop() as stop:
             run_local(stage, iter(plan), emit, batch_size=batch_size, workers=workers, stop=stop)
         if stop.signum is not None and done < len(plan):

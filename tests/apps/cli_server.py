@@ -83,6 +83,7 @@ def run_child(order: dict) -> None:
 def main() -> None:
     import numpy  # noqa: F401
     import pyarrow.parquet  # noqa: F401
+    import torchmetrics.classification  # noqa: F401
 
     import apps.catalog
     import apps.checkpoints
