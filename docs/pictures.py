@@ -39,6 +39,7 @@ from recipes.scene_questions import Example, held_out  # noqa: E402
 from recipes.scene_vlm_card import prompts  # noqa: E402
 from recipes.scene_vlm_model import GRID  # noqa: E402
 from recipes.scenes import caption, shows  # noqa: E402
+from recipes.search_scenes import Searcher, objects, picture, render, sample_scenes, to_model  # noqa: E402
 from recipes.text_to_scene_card import GUIDANCE_SCALE, SAMPLING_STEPS  # noqa: E402
 from vision.attention import attention_layers  # noqa: E402
 from vision.dcal import DCALCriterion  # noqa: E402
@@ -46,6 +47,10 @@ from vision.ela import ela_maps, insert  # noqa: E402
 from vision.explain import attended, heatmap  # noqa: E402
 from vision.psa import polarized_masks  # noqa: E402
 from vision.rollout import rollout  # noqa: E402
+from vision.scanpath import checkpoint  # noqa: E402
+from vision.scanpath.decoding import sample  # noqa: E402
+from vision.scanpath.draw import draw_density, draw_scanpaths  # noqa: E402
+from vision.scanpath.scenes import PAD  # noqa: E402
 from vision.sparsifiner import SparsifinerCriterion, connectivity  # noqa: E402
 from vision.tap import ADLCriterion, TokenAwareAveragePooling  # noqa: E402
 
@@ -404,6 +409,31 @@ def cmai() -> None:
     sheet("cmai", rows)
 
 
+def oat() -> None:
+    """A new scene: a search of the searcher and one of the model; below what 100 of each look at on the way."""
+    rng, rows, columns = np.random.default_rng(11), 3, 9
+    scenes, shelf = sample_scenes(rng, 1, rows, columns), objects(rows, columns)
+    shown = picture(scenes)
+    places, target = shelf.centres, int(scenes.targets[0])
+    theirs = [path[path != PAD] for path in Searcher().search(rng, scenes, 100)[0]]
+    model = checkpoint.load(weights.shipped("search_scenes"))
+    drawn = sample(model, to_model(scenes, render(scenes)), 100, generator=torch.Generator().manual_seed(0))
+    both = (theirs, drawn.tolist()[0])
+    # The first that passes by several objects and ends on the target.
+    usual = [next(path for path in paths if 5 <= len(set(path)) <= 7 and path[-1] == target) for paths in both]
+    left, upper, right, lower = shelf.boxes[target].tolist()
+    above = draw_scanpaths(
+        shown, {"the searcher": places[usual[0]], "the model": places[usual[1]]},
+        target=(left, upper, right, lower), longer_side=500,
+    )  # fmt: skip
+    below = [draw_density(shown, [places[path[path != target]] for path in paths], longer_side=500) for paths in both]
+    page = Image.new("RGB", (above.width, above.height + 8 + below[0].height), "white")
+    page.paste(above, (0, 0))
+    for left_edge, panel in zip((0, above.width - below[1].width), below, strict=True):
+        page.paste(panel, (left_edge, above.height + 8))
+    page.save(IMAGES / "oat.jpg", quality=88, optimize=True)
+
+
 PICTURES: dict[str, Callable[[], None]] = {
     "biformer": biformer,
     "litv2": litv2,
@@ -416,6 +446,7 @@ PICTURES: dict[str, Callable[[], None]] = {
     "mma": mma,
     "vmtc": vmtc,
     "cmai": cmai,
+    "oat": oat,
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.claims.measured import Measured, runs, spread
-from benchmarks.claims.paired import Comparison, compare_runs, holm, verdict
+from benchmarks.claims.paired import Comparison, compare_runs, holm, judged
 from benchmarks.claims.report import Claim, Table
 
 __all__ = [
@@ -110,11 +110,8 @@ def claims(measured: Mapping[str, Measured], seeds: tuple[int, int]) -> list[Cla
         words = _in_words(asked, before, now, found, p)
         if asked.theirs == "60 % of the gap":
             words = f"{spread(gap_closed(known['scenes']), percent=True)} of it closed; at 60 %: {words}"
-        rows.append(
-            Claim(
-                asked.claim, asked.published, words, verdict(difference, p), found.n, seeds, difference, (low, high), p
-            )
-        )  # fmt: skip
+        says = judged(found, p, asked.sign)
+        rows.append(Claim(asked.claim, asked.published, words, says, found.n, seeds, difference, (low, high), p))
     return rows
 
 
