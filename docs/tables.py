@@ -74,6 +74,7 @@ def results_page() -> str:
         parts += [_guidance(_report("astar"))]
     if (RESULTS / "vlm.json").exists():
         parts += [_switches(_report("vlm"))]
+    parts += [_scanpaths(_report("scanpaths"))]
     parts += [_batch(_report("batch"))]
     return "\n".join(part for part in parts if part)
 
@@ -261,6 +262,24 @@ def _sparse_attention(report: dict[str, Any]) -> str:
         "dense fused attention at any length measured: scores and choice cost the same per query and key at any "
         "length, and more than a fused kernel needs for the product itself. A quarter to a half of the multiply-adds "
         "takes about four times as long.\n\n" + table(header, rows)
+    )
+
+
+def _scanpaths(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    drawn = [
+        [str(row["fixations"]), f"{1000 * row['seconds'] / row['fixations']:.0f}", f"{row['ratio']:.0f}"]
+        for row in report["decoding"]
+    ]
+    metrics = [[f"`{row['metric']}`", f"{row['seconds']:.2f}"] for row in report["metrics"]]
+    return (
+        f"## Scanpaths\n\n`{report['command']}`: {report['cpu']}, {report['threads']} threads, {versions}. 100 "
+        "scanpaths of one scene of 84 objects from OAT at its default size: what a fixation costs where keys and "
+        "values are kept, and how many times as long it takes to decode everything anew for each. Both in turns, "
+        "medians:\n\n"
+        + table(["fixations", "ms a fixation (of all 100)", "anew / kept"], drawn)
+        + "\n10,000 pairs of scanpaths of 15 fixations, s:\n\n"
+        + table(["metric", "s"], metrics)
     )
 
 
