@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = ["Folder", "replace_file", "save_network"]
 
 SETTINGS, STATE, LOG, LOCK = "settings.json", "state.pt", "log.csv", ".lock"
 _FORMAT = 1
+_BESIDE = ".new"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -80,7 +82,7 @@ def save_network(
     from timm.models import save_for_hf
 
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new", dir=folder.parent) as made:
+    with tempfile.TemporaryDirectory(prefix=_BESIDE, dir=folder.parent) as made:
         kept = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
         save_for_hf(
             module,
@@ -121,6 +123,7 @@ class Folder:
     def __init__(self, path: str, writes: bool) -> None:
         self.path = Path(path)
         self._lock: int | None = None
+        self._is_new = not self.path.exists()
         if not writes:
             return
         try:
@@ -137,12 +140,17 @@ class Folder:
             self.close()
             raise UsageError(f"{path} holds something else, such as {others[0]}; choose another -o")
 
+        for left in self.path.glob(f"{_BESIDE}*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
     def close(self) -> None:
         """Lets other trainings have it."""
         if self._lock is not None:
             if not self._file(SETTINGS).exists():
                 with contextlib.suppress(OSError):
                     self._file(LOCK).unlink()
+                    if self._is_new:
+                        self.path.rmdir()
             os.close(self._lock)
             self._lock = None
 

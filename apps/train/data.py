@@ -7,6 +7,7 @@ it would have seen, whatever processes read the pictures.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -223,6 +224,12 @@ class Order(Sampler[list[Place]]):
             yield [(self.epoch, int(index)) for index in share]
 
 
+def _alone(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main process handles it and ends those that read by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def loader(pictures: Pictures, order: Order, workers: int, pins: bool) -> DataLoader[Any]:
     """Reads pictures in that order, in processes beside this one if `workers` is not 0."""
     return DataLoader(
@@ -231,6 +238,7 @@ def loader(pictures: Pictures, order: Order, workers: int, pins: bool) -> DataLo
         collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_alone,
         pin_memory=pins,
     )
 

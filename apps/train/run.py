@@ -87,7 +87,7 @@ def run(order: Order, machine: Machine, as_json: bool) -> int:
         Stopped: It ended early.
     """
     order.check()
-    accelerator = _accelerator(machine)
+    accelerator = _accelerator(machine, leaves_out=order.start.method in ("dcal", "sparsifiner"))
     folder = Folder(order.output, accelerator.is_main_process)
     try:
         trainer = _prepare(order, machine, accelerator, folder)
@@ -100,8 +100,8 @@ def run(order: Order, machine: Machine, as_json: bool) -> int:
     return 0
 
 
-def _accelerator(machine: Machine) -> Accelerator:
-    """accelerate's view of devices, precision and processes."""
+def _accelerator(machine: Machine, leaves_out: bool) -> Accelerator:
+    """accelerate's view of devices, precision and processes; `leaves_out`: some weights have no gradient."""
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -113,7 +113,7 @@ def _accelerator(machine: Machine) -> Accelerator:
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     waits = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # while the first process reads all pictures
-    replicas = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads that a method leaves out
+    replicas = DistributedDataParallelKwargs(find_unused_parameters=leaves_out)
     half = "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else "fp16"
     return Accelerator(
         cpu=machine.device == "cpu",
@@ -146,6 +146,8 @@ def _prepare(order: Order, machine: Machine, accelerator: Accelerator, folder: F
             f"try {8 * accelerator.num_processes}"
         )
     note(_about(found, built, order.learning, recipe))
+    if accelerator.num_processes > 1:
+        note(f"{accelerator.num_processes} processes, which share each step's pictures")
     return Trainer(order, built, found, recipe, accelerator, folder, workers)
 
 

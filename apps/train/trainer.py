@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,26 @@ from .settings import Recipe
 if TYPE_CHECKING:
     from .run import Order
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "memory_explained"]
+
+
+@contextmanager
+def memory_explained(batch: int, label: str) -> Iterator[None]:
+    """Says what can be done about too little memory for a batch of this size, on a GPU or beside it.
+
+    Raises:
+        Stopped: Memory was too small.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_told = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_told and not re.search("(allocate|out of|not enough) memory", str(error)):
+            raise
+        remedy = f"--batch-size {batch // 2}, more processes" if batch > 1 else "a smaller --img-size or --model"
+        raise Stopped(
+            f"memory does not suffice for {batch} pictures a step of {label}; try {remedy}, or --amp"
+        ) from error
 
 
 class Trainer:
@@ -124,15 +144,14 @@ class Trainer:
         }  # fmt: skip
 
     def _board(self) -> Board:
-        board = Board(self._folder.path / "tensorboard", self._epoch + 1)
-        return board
+        return Board(self._folder.path / "tensorboard", self._epoch + 1)
 
     def _run_epoch(self, bar: Bar, stop: Stop) -> None:
         """The steps of an epoch that are left."""
         self._train_order.epoch, self._train_order.first = self._epoch, self._first
         self._model.train()
         self._criterion.train()
-        with self._explained():
+        with self._explained(), memory_explained(self._recipe.batch_size, self._built.label):
             for batch in read.read(self._train):
                 wants_stop = self._step(batch, stop.signum is not None)
                 self._first += 1
@@ -171,6 +190,7 @@ class Trainer:
         values += [parts[name.removeprefix("part_")] * len(images) for name in names[4:]]
         numbers = self._summed(names, values)
         self._check(numbers["loss"], norm)
+        rate = max(group["lr"] for group in self._optimizer.param_groups)
         self._stepper.step()
         self._updates += 1
         if self._scheduler is not None:
@@ -180,6 +200,7 @@ class Trainer:
         stops = numbers.pop("stop") > 0
         for name, value in numbers.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+        self._sums["lr"] = rate
         return stops
 
     def _clip(self) -> float:
@@ -215,16 +236,9 @@ class Trainer:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Says what can be done about too little memory, or a method that cannot train this network."""
-        batch = self._recipe.batch_size
+        """Says what can be done about a method that cannot train this network."""
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._too_large(batch) from error
-        except RuntimeError as error:
-            if "allocate memory" in str(error) or "out of memory" in str(error):
-                raise self._too_large(batch) from error
-            raise
         except (TypeError, ValueError) as error:
             if self._updates or self._order.start.method == "plain":
                 raise
@@ -232,21 +246,13 @@ class Trainer:
                 f"--method {self._order.start.method} cannot train {self._built.label}: {error}"
             ) from error
 
-    def _too_large(self, batch: int) -> Stopped:
-        if batch == 1:
-            return Stopped("memory does not suffice for a single picture; try a smaller --img-size or --model")
-        return Stopped(
-            f"memory does not suffice for {batch} pictures a step of {self._built.label}; try --batch-size "
-            f"{max(1, batch // 2)}, more processes, or --amp"
-        )
-
     def _end_epoch(self) -> tuple[dict[str, Any], bool]:
         """Measures, writes what there is to write; the epoch's row, and whether it is the best."""
         module = self._network if self._average is None else self._average.module
         loss, top1 = self._measure(module)
         sums, count = self._sums, self._sums["n"]
         row = {
-            "epoch": self._epoch + 1, "lr": max(group["lr"] for group in self._optimizer.param_groups),
+            "epoch": self._epoch + 1, "lr": sums["lr"],
             "train_loss": sums["loss"] / count, "train_top1": sums["correct"] / count, "val_loss": loss,
             "val_top1": top1, **{name: value / count for name, value in sums.items() if name.startswith("part_")},
         }  # fmt: skip
