@@ -67,7 +67,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Another network's errors as JSON, {corruption: error}, also clean: gives mCE and relative mCE.",
+            help="Another network's metrics.json, or {corruption: error, …} with clean: gives mCE and relative mCE.",
             rich_help_panel=_MEASURED,
             show_default=False,
         ),

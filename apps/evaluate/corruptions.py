@@ -1,4 +1,4 @@
-"""Pictures made worse as in ImageNet-C, and the errors of a network on them compared with another's.
+"""Pictures made worse as in ImageNet-C.
 
 The corruptions are those of Hendrycks and Dietterich (2019, arXiv:1903.12261) as the package `imagecorruptions-imaug`
 has them. As there, a picture is first cut to what the network sees and then corrupted; it is not saved as JPEG after.
@@ -11,12 +11,9 @@ import dataclasses
 import difflib
 import hashlib
 import io
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,12 +25,9 @@ __all__ = [
     "CORRUPTIONS",
     "SEVERITIES",
     "CorruptingDecoder",
-    "Reference",
     "Sample",
     "corrupt",
-    "corruption_errors",
     "read_corruptions",
-    "read_reference",
     "read_severities",
     "require_library",
 ]
@@ -177,95 +171,3 @@ def read_severities(text: str) -> tuple[int, ...]:
 
 def _words(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Errors of another network on the same data.
-
-    Attributes:
-        errors: For each corruption its mean error over the five severities, or the error at each.
-        clean: Its error without corruption, if known.
-    """
-
-    errors: Mapping[str, float | tuple[float, ...]]
-    clean: float | None = None
-
-    def over(self, name: str, severities: Sequence[int]) -> float:
-        """Mean error on a corruption over some severities."""
-        error = self.errors[name]
-        return sum(error[s - 1] for s in severities) / len(severities) if isinstance(error, tuple) else error
-
-
-def read_reference(path: str, corruptions: Sequence[str], severities: Sequence[int]) -> Reference:
-    """Reads `{"clean": 0.435, "gaussian_noise": 0.886, …}`; a list has the errors at severities 1 to 5.
-
-    Args:
-        path: A JSON file.
-        corruptions: What will be measured, and must be there.
-        severities: The same; a mean over all five cannot be compared with fewer.
-
-    Raises:
-        UsageError: The file cannot be read, lacks something, or holds what is no error from 0 to 1.
-    """
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--reference {path} cannot be read: {error}") from error
-    if not isinstance(given, dict):
-        raise UsageError(f'--reference {path}: expected an object such as {{"clean": 0.435, "gaussian_noise": 0.886}}')
-    if unknown := sorted(set(given) - {*CORRUPTIONS, "clean"}):
-        raise UsageError(f"--reference {path}: {unknown[0]!r} is no corruption; there are {', '.join(CORRUPTIONS)}")
-    if missing := [name for name in corruptions if name not in given]:
-        raise UsageError(
-            f"--reference {path} has no error for {', '.join(missing)}; add it or leave it out of --corruptions"
-        )
-    errors = {name: _error(path, name, value) for name, value in given.items()}
-    clean = errors.pop("clean", None)
-    if isinstance(clean, tuple):
-        raise UsageError(f"--reference {path}: 'clean' must be one number")
-    means = [name for name in corruptions if isinstance(errors[name], float)]
-    if means and tuple(severities) != SEVERITIES:
-        raise UsageError(
-            f"--reference {path}: the error for {means[0]} is a mean over severities 1 to 5, so it needs --severities "
-            "1-5; or give the five errors as a list"
-        )
-    return Reference(errors, clean)
-
-
-def _error(path: str, name: str, value: Any) -> float | tuple[float, ...]:
-    values = value if isinstance(value, list) else [value]
-    wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v <= 1]
-    if wrong or (isinstance(value, list) and len(value) != len(SEVERITIES)):
-        raise UsageError(
-            f"--reference {path}: {name} is {value!r}; expected an error from 0 to 1 (88.6 % is 0.886), or five of them"
-        )
-    return tuple(map(float, value)) if isinstance(value, list) else float(value)
-
-
-def corruption_errors(
-    errors: Mapping[str, Mapping[int, float]], clean: float, reference: Reference
-) -> dict[str, dict[str, float | None]]:
-    """The corruption error of Hendrycks and Dietterich (2019), section 4.1, for each corruption.
-
-    `CE = Σ_s E_s / Σ_s E_s^ref`, and relative to the clean error
-    `(Σ_s E_s - E_clean) / (Σ_s E_s^ref - E_clean^ref)`. Their means over corruptions are mCE and relative mCE.
-
-    Args:
-        errors: For each corruption the error at each severity.
-        clean: The error without corruption.
-        reference: Errors of the network compared with.
-
-    Returns:
-        For each corruption `ce` and `relative_ce`; None where the divisor is zero or not known.
-    """
-    made: dict[str, dict[str, float | None]] = {}
-    for name, by_severity in errors.items():
-        ours = sum(by_severity.values()) / len(by_severity)
-        theirs = reference.over(name, list(by_severity))
-        worse = None if reference.clean is None else theirs - reference.clean
-        made[name] = {
-            "ce": ours / theirs if theirs else None,
-            "relative_ce": (ours - clean) / worse if worse else None,
-        }
-    return made

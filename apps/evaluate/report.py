@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .corruptions import Reference, corruption_errors
 from .measure import ClassScore, Measures, Score, class_scores
+from .reference import Reference, corruption_errors
 from .stage import Variant
 
 __all__ = ["FILES", "Findings", "print_table", "write_files"]

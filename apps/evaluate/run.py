@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from ..batch.engines import Stop, run_local
 from ..batch.sinks import CsvSink
 from ..batch.sources import Source
-from ..batch.stage import COMMON_COLUMNS, Batch, Column, Compute, Row, pick_device
+from ..batch.stage import COMMON_COLUMNS, Batch, Compute, Row, pick_device
 from ..console import FetchBar, RunReport
 from ..errors import Interrupted, Stopped, UsageError
 from ..labelled import Labelled, find, splits
@@ -20,15 +22,9 @@ from ..models import ModelChoice, Network
 from ..options import Batches
 from ..run import default_workers
 from .classes import Matched, match
-from .corruptions import (
-    Reference,
-    Sample,
-    read_corruptions,
-    read_reference,
-    read_severities,
-    require_library,
-)
+from .corruptions import Sample, read_corruptions, read_severities, require_library
 from .measure import read_metrics
+from .reference import Reference, read_reference
 from .report import FILES, Findings, print_table, write_files
 from .stage import Evaluate, Plan
 
@@ -127,14 +123,9 @@ def run(order: Order, model: ModelChoice, machine: Batches, output: str | None, 
     if corruptions:
         require_library(network.data_config["input_size"][1:])
     plan = Plan(_samples(data, matched), corruptions, severities if corruptions else ())
-    batch_size = machine.batch(_CPU_BATCH if device.type == "cpu" else _GPU_BATCH)
-    if machine.threads is not None:
-        import torch
-
-        torch.set_num_threads(machine.threads)
-    stage = Evaluate(network, Compute(device, machine.amp, batch_size=batch_size), plan, metrics)
+    stage = _stage(network, machine, device, plan, metrics)
     workers = default_workers(device.type) if machine.workers is None else machine.workers
-    failed = _work(stage, plan, batch_size, workers, report, output)
+    failed = _work(stage, plan, workers, report, output)
     facts = {
         "data": data.where, "model": network.label, "weights": resolved.identity, "classes": len(data.classes),
         "classes_of_model": matched.count, "classes_matched_by": matched.how, "pictures": len(data),
@@ -142,6 +133,13 @@ def run(order: Order, model: ModelChoice, machine: Batches, output: str | None, 
     }  # fmt: skip
     findings = Findings(facts, network.labels, sorted(matched.targets), stage.measures, reference)
     return _tell(findings, failed, report, output, as_json)
+
+
+def _stage(network: Network, machine: Batches, device: torch.device, plan: Plan, metrics: Sequence[str]) -> Evaluate:
+    batch_size = machine.batch(_CPU_BATCH if device.type == "cpu" else _GPU_BATCH)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    return Evaluate(network, Compute(device, machine.amp, batch_size=batch_size), plan, metrics)
 
 
 def _prepare(folder: str, overwrite: bool) -> None:
@@ -197,10 +195,10 @@ class _Failed:
             self.corrupted.append(f"{row['path']} ({source.corruption} {source.severity}): {row['error']}")
 
 
-def _work(stage: Evaluate, plan: Plan, batch_size: int, workers: int, report: RunReport, output: str | None) -> _Failed:
+def _work(stage: Evaluate, plan: Plan, workers: int, report: RunReport, output: str | None) -> _Failed:
     """Runs over the whole plan; predictions of pictures as they are go to a file as they come."""
     failed = _Failed()
-    sink = None if output is None else CsvSink(os.path.join(output, "predictions.csv"), _columns(stage))
+    sink = None if output is None else CsvSink(os.path.join(output, "predictions.csv"), COMMON_COLUMNS + stage.columns)
     done = 0
 
     def emit(batch: Batch, rows: list[Row]) -> None:
@@ -219,7 +217,7 @@ def _work(stage: Evaluate, plan: Plan, batch_size: int, workers: int, report: Ru
             sink.begin(0)
         report.start(range(len(plan)), 0)
         with Stop() as stop:
-            run_local(stage, iter(plan), emit, batch_size=batch_size, workers=workers, stop=stop)
+            run_local(stage, iter(plan), emit, batch_size=stage.compute.batch_size, workers=workers, stop=stop)
         if stop.signum is not None and done < len(plan):
             raise Interrupted(f"stopped after {done:,} of {len(plan):,} predictions; nothing is reported", stop.signum)
         if sink is not None:
@@ -231,10 +229,6 @@ def _work(stage: Evaluate, plan: Plan, batch_size: int, workers: int, report: Ru
         if sink is not None:
             sink.close()
     return failed
-
-
-def _columns(stage: Evaluate) -> tuple[Column, ...]:
-    return COMMON_COLUMNS + stage.columns
 
 
 def _tell(findings: Findings, failed: _Failed, report: RunReport, output: str | None, as_json: bool) -> int:

@@ -17,17 +17,10 @@ from torch import nn
 
 from apps.errors import UsageError
 from apps.evaluate.classes import match
-from apps.evaluate.corruptions import (
-    CORRUPTIONS,
-    Reference,
-    corrupt,
-    corruption_errors,
-    read_corruptions,
-    read_reference,
-    read_severities,
-)
+from apps.evaluate.corruptions import CORRUPTIONS, corrupt, read_corruptions, read_severities
 from apps.evaluate.draw import draw_confusion
 from apps.evaluate.measure import Measures, class_scores, read_metrics, wilson
+from apps.evaluate.reference import Reference, corruption_errors, read_reference
 from apps.models import Network
 
 
@@ -191,7 +184,7 @@ def test_reference_files_are_checked(tmp_path):
     for content, message in (
         ([0.8], "expected an object"),
         ({"fog": 0.8, "mist": 0.1}, "'mist' is no corruption"),
-        ({"fog": [0.8]}, "or five of them"),
+        ({"fog": [0.8]}, "or five of"),
         ({"fog": True}, "expected an error from 0 to 1"),
         ({"fog": 0.8, "clean": [0.1] * 5}, "must be one number"),
     ):
@@ -199,11 +192,27 @@ def test_reference_files_are_checked(tmp_path):
             reading(content)
     with pytest.raises(UsageError, match="mean over severities 1 to 5"):
         reading({"fog": 0.8}, (1, 2))
+    with pytest.raises(UsageError, match="no error for fog"):
+        reading({"snow": 0.8})
+
+
+def test_another_evaluation_may_be_the_reference(tmp_path):
+    top1 = {str(severity): {"top1": {"value": 0.9 - severity / 10}} for severity in (1, 3)}
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps({"metrics": {"top1": {"value": 0.75}}, "corruptions": {"fog": top1}}))
+    reference = read_reference(str(path), ["fog"], (1, 3))
+    assert reference.clean == 0.25
+    assert reference.over("fog", (1, 3)) == pytest.approx(0.3)
+    with pytest.raises(UsageError, match="no error at severity 2"):
+        read_reference(str(path), ["fog"], (1, 2))
+    path.write_text(json.dumps({"metrics": {"ece": {"value": 0.1}}}))
+    with pytest.raises(UsageError, match="no top-1 accuracies"):
+        read_reference(str(path), [], ())
 
 
 def test_corruption_error_is_one_for_the_reference_itself():
     errors = {"fog": {s: 0.1 * s + 0.3 for s in range(1, 6)}}
-    same = Reference({"fog": tuple(errors["fog"].values())}, 0.2)
+    same = Reference(errors, 0.2)
     assert corruption_errors(errors, 0.2, same) == {"fog": {"ce": pytest.approx(1), "relative_ce": pytest.approx(1)}}
     assert corruption_errors(errors, 0.2, Reference({"fog": 0.0}))["fog"] == {"ce": None, "relative_ce": None}
 

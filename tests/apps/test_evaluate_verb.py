@@ -250,7 +250,7 @@ MISTAKES = {
     "reference without corruptions": (["good", "--reference", "ref.json"], "add --corruptions common"),
     "no such reference": (["good", "--corruptions", "fog", "--reference", "no.json"], "cannot be read"),
     "reference in per cent": (["good", "--corruptions", "fog", "--reference", "ref.json"], "88.6 % is 0.886"),
-    "reference that lacks one": (["good", "--corruptions", "snow", "--reference", "ref.json"], "no error for snow"),
+    "reference that lacks one": (["good", "--corruptions", "snow", "--reference", "fog.json"], "no error for snow"),
     "other number of classes": (["good", "--in-order"], "the data have 2 classes"),
 }
 
@@ -264,6 +264,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(run, tmp_path, model, put, g
     put("blue", data="hollow")
     (tmp_path / "empty").mkdir()
     (tmp_path / "ref.json").write_text('{"fog": 81.9}')
+    (tmp_path / "fog.json").write_text('{"fog": 0.819}')
     done = run("evaluate", *given, *MODEL)
     assert done.code == 2, done.err
     assert message in done.err
