@@ -243,15 +243,15 @@ def _tell(findings: Findings, failed: _Failed, report: RunReport, output: str | 
         except OSError as error:
             raise Stopped(f"cannot write {error.filename or output}: {error.strerror}") from error
         report.note(f"{', '.join(['predictions.csv', *written])} → {output}")
-    _note_failed(report, failed.clean, "pictures that could not be read are in no figure")
-    _note_failed(report, failed.corrupted, "corrupted pictures that gave no prediction are in no figure")
+    _note_failed(report, failed.clean, "could not be read and are in no figure")
+    _note_failed(report, failed.corrupted, "gave no prediction when corrupted and are in no figure")
     return 1 if failed.clean or failed.corrupted else 0
 
 
 def _note_failed(report: RunReport, lines: Sequence[Any], what: str) -> None:
     if not lines:
         return
-    report.note(f"{len(lines):,} {what}:")
+    report.note(f"pictures that {what}: {len(lines):,}")
     for line in lines[:_NAMED]:
         report.note(f"  {line}")
     if len(lines) > _NAMED:
