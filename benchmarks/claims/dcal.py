@@ -29,10 +29,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,30 +180,44 @@ def trained(variant: Variant, seed: int, known: Pictures, steps: int = STEPS) ->
     return model
 
 
-def measure(out: Path) -> dict[str, list[float]]:
-    """Trains and measures all; writes `dcal.csv` after each run.
+def measure_run(seed: int, steps: int = STEPS, num: int = TEST) -> tuple[Measured, dict[str, float]]:
+    """Trains all variants of a seed, and measures them on `num` pictures.
+
+    Returns:
+        The values, and of each variant the seconds of processor time of its training.
+    """
+    torch.set_num_threads(1)
+    test, known = pictures(TEST_SEED, num, SIZE, LOOSE), as_pictures(pictures(TRAIN_SEED + seed, TRAIN, SIZE, LOOSE))
+    measured: Measured = {}
+    seconds: dict[str, float] = {}
+    for name, variant in VARIANTS.items():
+        start = time.process_time()
+        model = trained(variant, seed, known, steps)
+        seconds[name] = time.process_time() - start
+        measured[f"accuracy: {name}", seed] = found = hits(model, as_pictures(test))
+        for what, share in attention_shares(model, test).items():
+            measured[f"{what}: {name}", seed] = share
+        if name == DUAL:
+            assert isinstance(model, DCAL)
+            model.inference = "sa"
+            measured[f"accuracy: {ASKED_SA}", seed] = hits(model, as_pictures(test))
+        print(f"{name}, run {seed}: {found.mean():.1%}, {seconds[name]:.0f} s", file=sys.stderr, flush=True)
+    return measured, seconds
+
+
+def measure(out: Path, processes: int) -> dict[str, list[float]]:
+    """Measures all seeds, so many at a time; writes `dcal.csv` after each.
 
     Returns:
         Of each variant the seconds of processor time of its runs.
     """
-    test = pictures(TEST_SEED, TEST, SIZE, LOOSE)
     measured: Measured = {}
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for seed in SEEDS:
-        known = as_pictures(pictures(TRAIN_SEED + seed, TRAIN, SIZE, LOOSE))
-        for name, variant in VARIANTS.items():
-            start = time.process_time()
-            model = trained(variant, seed, known)
-            seconds[name].append(time.process_time() - start)
-            measured[f"accuracy: {name}", seed] = hits(model, as_pictures(test))
-            for what, share in attention_shares(model, test).items():
-                measured[f"{what}: {name}", seed] = share
-            if name == DUAL:
-                assert isinstance(model, DCAL)
-                model.inference = "sa"
-                measured[f"accuracy: {ASKED_SA}", seed] = hits(model, as_pictures(test))
-            found = measured[f"accuracy: {name}", seed].mean()
-            print(f"{name}, run {seed}: {found:.1%}, {seconds[name][-1]:.0f} s", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for values, own in pool.map(measure_run, SEEDS):
+            measured |= values
+            for name, each in own.items():
+                seconds[name].append(each)
             save(measured, out / "dcal.csv")
     return seconds
 
@@ -286,12 +302,12 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of dcal.json and dcal.csv")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=2, help="seeds at a time, each on one thread")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    seconds = measure(args.out)
-    on = machine.describe("torch", "timm", "scipy") | {"threads": args.threads}
+    seconds = measure(args.out, args.processes)
+    on = machine.describe("torch", "timm", "scipy") | {"threads": 1}
     made = report(load(args.out / "dcal.csv"), costs(), seconds, on)
     made.save(args.out / "dcal.json")
     for claim in made.claims:
