@@ -255,4 +255,4 @@ def _note_failed(report: RunReport, lines: Sequence[Any], what: str) -> None:
     for line in lines[:_NAMED]:
         report.note(f"  {line}")
     if len(lines) > _NAMED:
-        report.note(f"  and {len(lines) - _NAMED:,} more" + (", see predictions.csv" if "read" in what else ""))
+        report.note(f"  and {len(lines) - _NAMED:,} more")
