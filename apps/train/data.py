@@ -43,16 +43,18 @@ def _seed(*numbers: int) -> int:
 
 
 def seed_everything(*numbers: int) -> None:
-    """Makes all that follows in this process depend on these numbers: Python's, numpy's and torch's randomness."""
+    """Makes all that follows on the CPU depend on these numbers: Python's, numpy's and torch's randomness."""
     seed = _seed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - it is what timm draws from
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which is slow for every picture
 
 
-def seed_step(seed: int, step: int, process: int) -> None:
-    """The same for one step of one process: dropout, mixup and whatever a criterion draws."""
+def seed_step(seed: int, step: int, process: int, device: torch.device) -> None:
+    """The same for one step of one process, on its device too: dropout, mixup and whatever a criterion draws."""
     seed_everything(_STEP, seed, step, process)
+    if device.type != "cpu":
+        torch.manual_seed(_seed(_STEP, seed, step, process))
 
 
 @dataclass(frozen=True)

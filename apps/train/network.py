@@ -160,6 +160,7 @@ def _with_branches(module: nn.Module, label: str) -> nn.Module:
 
 def _sized(module: nn.Module, size: int | None, label: str) -> dict[str, Any]:
     """Fits a network to a size of pictures; the description of its input."""
+    import torch
     from timm.data.config import resolve_model_data_config
 
     config = dict(resolve_model_data_config(module))
@@ -167,13 +168,16 @@ def _sized(module: nn.Module, size: int | None, label: str) -> dict[str, Any]:
         raise UsageError(f"{label} takes {config['input_size'][0]} channels; photographs have 3 or 1")
     if size is None or tuple(config["input_size"][1:]) == (size, size):
         return config
+    channels = config["input_size"][0]
     setter: Any = getattr(module, "set_input_size", None)
     try:
         if setter is not None:
             setter(img_size=(size, size))
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, channels, size, size))
     except (ValueError, AssertionError, RuntimeError) as error:
         raise UsageError(f"--img-size {size} does not suit {label}: {error}") from error
-    return {**config, "input_size": (config["input_size"][0], size, size)}
+    return {**config, "input_size": (channels, size, size)}
 
 
 def teacher_for(name: str, built: Built, classes: Sequence[str]) -> nn.Module:

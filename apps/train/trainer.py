@@ -171,7 +171,7 @@ class Trainer:
         """One step on this process's share; whether any process was asked to stop."""
         accelerator, device = self._accelerator, self._accelerator.device
         images, targets = (part.to(device, non_blocking=True) for part in batch)
-        read.seed_step(self._learning.seed, self._updates, accelerator.process_index)
+        read.seed_step(self._learning.seed, self._updates, accelerator.process_index, device)
         mixed_images, mixed_targets = (images, targets) if self._mixer is None else mixed(self._mixer, images, targets)
         self._stepper.zero_grad()
         with accelerator.autocast():

@@ -90,7 +90,8 @@ def main() -> None:
     import apps.classify
     import apps.embed
     import apps.explain
-    import apps.run  # noqa: F401
+    import apps.run
+    import apps.train.trainer  # noqa: F401
     import attnsuite  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pytest's own Ctrl-C
