@@ -22,9 +22,9 @@ from ..errors import Stopped, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Folder", "replace_file", "save_network"]
+__all__ = ["LOG", "VAL", "Folder", "Record", "differences", "replace_file", "save_network"]
 
-SETTINGS, STATE, LOG, LOCK = "settings.json", "state.pt", "log.csv", ".lock"
+SETTINGS, STATE, LOG, VAL, LOCK = "settings.json", "state.pt", "log.csv", "val.csv", ".lock"
 _FORMAT = 1
 _BESIDE = ".new"
 
@@ -163,7 +163,7 @@ class Folder:
 
     def clear(self) -> None:
         """Forgets a run; what it left is overwritten by the next."""
-        for name in (STATE, SETTINGS, LOG):
+        for name in (STATE, SETTINGS, LOG, VAL):
             self._file(name).unlink(missing_ok=True)
 
     def record(self) -> Record | None:
@@ -184,7 +184,7 @@ class Folder:
         """Writes the settings of a new run."""
         content = {"attnsuite train": _FORMAT, "settings": record.settings, "left_out": record.left_out}
         text = json.dumps(content, indent=1) + "\n"
-        replace_file(self._file(SETTINGS), lambda path: path.write_text(text, encoding="utf-8"))
+        self.write(SETTINGS, text)
 
     def has_state(self) -> bool:
         """Whether a run has come to its first checkpoint."""
@@ -214,9 +214,9 @@ class Folder:
             raise UsageError(f"{self._file(STATE)} is of another version; --overwrite begins anew")
         return state
 
-    def write_log(self, text: str) -> None:
-        """Writes the whole log."""
-        replace_file(self._file(LOG), lambda path: path.write_text(text, encoding="utf-8"))
+    def write(self, name: str, text: str) -> None:
+        """Writes a whole file of text."""
+        replace_file(self._file(name), lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -6,6 +6,9 @@ it would have seen, whatever processes read the pictures.
 
 from __future__ import annotations
 
+import csv
+import io
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -59,10 +62,29 @@ def seed_step(seed: int, step: int, process: int, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is learned from and what is measured on, with the same classes."""
+    """What is learned from and what is measured on, with the same classes.
+
+    Attributes:
+        train: The former.
+        val: The latter.
+        is_held_out: Whether `val` was chosen here.
+    """
 
     train: Labelled
     val: Labelled
+    is_held_out: bool = False
+
+    def val_list(self) -> str | None:
+        """What was held out as a CSV that `find` reads; None where it cannot be written as one, or was given."""
+        paths = [os.path.abspath(source.path) for source in self.val.sources]
+        is_written = all(source.member is None for source in self.val.sources) and all(map(str.isprintable, paths))
+        if not self.is_held_out or not is_written:
+            return None
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["path", "label"])
+        rows.writerows(zip(paths, (self.val.classes[target] for target in self.val.targets), strict=True))
+        return text.getvalue()
 
 
 def parts(data: str, val_share: float, seed: int, note: Callable[[str], None]) -> Parts:
@@ -114,7 +136,7 @@ def _held_out(data: Labelled, share: float, seed: int, note: Callable[[str], Non
         held += members[: min(len(members) - 1, max(1, round(share * len(members))))].tolist()
     note(f"{len(held):,} of {len(data):,} pictures are held out to measure on")
     kept = sorted(set(range(len(data))) - set(held))
-    return Parts(data.take(kept), data.take(sorted(held)))
+    return Parts(data.take(kept), data.take(sorted(held)), is_held_out=True)
 
 
 def transform_for(config: dict[str, Any], augment: str, flip: bool) -> Callable[[Any], Tensor]:

@@ -17,7 +17,7 @@ from ..labelled import Labelled, unreadable
 from ..models import ModelChoice, resolve
 from ..options import Machine
 from ..run import default_workers
-from .checkpoint import Folder, Record, differences
+from .checkpoint import VAL, Folder, Record, differences
 from .network import Built, Start, build
 from .progress import require_tensorboard
 from .settings import Learning, Recipe
@@ -139,6 +139,8 @@ def _prepare(order: Order, machine: Machine, accelerator: Accelerator, folder: F
     if record is None:
         raise UsageError(f"{order.output} is not seen by all processes; choose an -o on a file system that they share")
     found = _without(found, record.left_out)
+    if accelerator.is_main_process and (text := found.val_list()) is not None:
+        folder.write(VAL, text)
     recipe = order.learning.recipe(len(found.train), order.start.brings_weights)
     if recipe.batch_size < accelerator.num_processes:
         raise UsageError(
@@ -218,7 +220,9 @@ def _without(found: Parts, left_out: dict[str, str]) -> Parts:
             raise UsageError(f"{data.where} has a class, or all of {part}, without a picture that can be read")
         return kept
 
-    return Parts(readable(found.train, "train"), readable(found.val, "val")) if left_out else found
+    if not left_out:
+        return found
+    return Parts(readable(found.train, "train"), readable(found.val, "val"), found.is_held_out)
 
 
 def _about(found: Parts, built: Built, learning: Learning, recipe: Recipe) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..batch.engines import Stop
 from ..errors import Interrupted, Stopped, UsageError
 from . import data as read
-from .checkpoint import Folder, save_network
+from .checkpoint import LOG, Folder, save_network
 from .data import Batch, Parts
 from .methods import criterion_for, mixed, mixer_for, optimizer_for, scheduler_for
 from .network import Built
@@ -264,7 +264,7 @@ class Trainer:
             trained = {"epoch": row["epoch"], "val_top1": top1, "val_loss": loss, "method": self._order.start.method}
             for name in ("last", "best") if is_best else ("last",):
                 save_network(module, self._folder.path / name, self._classes, self._built.data_config, trained)
-            self._folder.write_log(log_text(self._log))
+            self._folder.write(LOG, log_text(self._log))
         self._save_state()
         return row, is_best
 

@@ -39,7 +39,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert "2 processes" in together and "2 processes" not in alone
     assert together.count("epoch 2/2:") == 1  # one of them speaks, and writes
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
-    assert names[0] == names[1] == [".lock", "best", "last", "log.csv", "settings.json", "state.pt"]
+    assert names[0] == names[1] == [".lock", "best", "last", "log.csv", "settings.json", "state.pt", "val.csv"]
     # without dropout and mixup nothing depends on the processes: had one of them not learned, or had a picture been
     # seen twice or not at all, gradients and counts would be others
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two")]

@@ -19,6 +19,7 @@ EPOCHS, STEPS = 3, 10
 MODEL = ("-m", "test_vit", "--img-size", 32, "--device", "cpu")
 LONG = (*MODEL, "--epochs", EPOCHS, "--batch-size", 6)
 SHORT = (*MODEL, "--batch-size", 30, "--workers", 0)
+FILES = [".lock", "best", "last", "log.csv", "settings.json", "state.pt", "val.csv"]
 CHANCE = ("--mixup", 0.2, "--cutmix", 0.5, "--ema", "--augment", "strong")
 
 
@@ -78,7 +79,7 @@ def test_killed_at_random_moments_and_started_again(start, run, colours, tmp_pat
     done = run(*command)
     assert done.code == 0, done.err
     assert left(folder) == whole
-    assert sorted(p.name for p in folder.iterdir()) == [".lock", "best", "last", "log.csv", "settings.json", "state.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == FILES
     again = run(*command)  # there is nothing left to do
     assert again.code == 0 and "epoch 1/" not in again.err
     assert left(folder) == whole

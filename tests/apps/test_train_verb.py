@@ -180,6 +180,8 @@ def test_a_share_of_each_class_is_held_out(tmp_path):
     found = parts(str(data), 0.2, 0, print)
     assert found.train.counts() == [8, 8, 8] and found.val.counts() == [2, 2, 2]
     assert not set(found.train.sources) & set(found.val.sources)
+    (tmp_path / "val.csv").write_text(found.val_list() or "")
+    assert find(str(tmp_path / "val.csv")).sources == found.val.sources
     assert parts(str(data), 0.2, 0, print) == found != parts(str(data), 0.2, 1, print)
     draw_classes(tmp_path / "few", each=1, colours=("purple",))
     with pytest.raises(UsageError, match="classes with one picture: purple"):
