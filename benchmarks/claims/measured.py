@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from benchmarks.claims.paired import Comparison, compare_runs, holm, judged
+from benchmarks.claims.paired import Comparison, Verdict, compare_runs, holm, judged
 from benchmarks.claims.report import Claim, Table
 
-__all__ = ["Measured", "Pair", "claims", "load", "runs", "save", "shares_table", "spread"]
+__all__ = ["Measured", "Pair", "claims", "load", "runs", "save", "shares_table", "spread", "within"]
 
 Measured = dict[tuple[str, int], NDArray[np.float64]]
 """By name and training run (0 where nothing is trained) a value for each input: of yes and no 1 and 0."""
@@ -62,22 +62,47 @@ def claims(measured: Measured, pairs: Sequence[Pair], seeds: tuple[int, int]) ->
     rows = []
     for own, (ours, theirs), found, p in zip(pairs, cases, compared, holm([c.p for c in compared]), strict=True):
         low, high = sorted(own.sign * bound for bound in found.interval)
-        words = _in_words(own, float(np.mean(theirs)), float(np.mean(ours)), found, p)
+        words = _in_words(own, float(np.mean(theirs)), float(np.mean(ours)), found, f"p = {p:.2g}")
         difference = own.sign * found.difference
         verdict = judged(found, p, own.sign)
         rows.append(Claim(own.claim, own.published, words, verdict, found.n, seeds, difference, (low, high), p))
     return rows
 
 
-def _in_words(own: Pair, before: float, now: float, found: Comparison, p: float) -> str:
+def within(measured: Measured, own: Pair, margin: float, seeds: tuple[int, int]) -> Claim:
+    """Holds the claim that ours loses less than a margin against what was measured.
+
+    It is shown if the difference's 95 % interval lies above the margin's loss, contradicted if it lies below. p is that
+    of a loss as large as the margin, of a normal distribution as wide as the interval.
+
+    Args:
+        measured: The values.
+        own: What is compared; its claim says what the margin is.
+        margin: The loss that is not to be reached, in the values' own unit.
+        seeds: The first and the last.
+    """
+    ours, theirs = runs(measured, own.ours, own.theirs), runs(measured, own.theirs, own.ours)
+    found = compare_runs(ours, theirs)
+    low, high = sorted(own.sign * bound for bound in found.interval)
+    says: Verdict = "shown" if low > -margin else "contradicted" if high < -margin else "not shown at this scale"
+    error = max((high - low) / (2 * stats.norm.ppf(0.975)), 1e-9)
+    difference = own.sign * found.difference
+    p = float(2 * stats.norm.sf(abs(difference + margin) / error))
+    tail = f"a loss of {margin:{'.1%' if own.percent else 'g'}} has p = {p:.2g}"
+    words = _in_words(own, float(np.mean(theirs)), float(np.mean(ours)), found, tail, more_digits=1)
+    return Claim(own.claim, own.published, words, says, found.n, seeds, difference, (low, high), p)
+
+
+def _in_words(own: Pair, before: float, now: float, found: Comparison, tail: str, more_digits: int = 0) -> str:
     form = "%" if own.percent else "f"
     digits = 1 if own.percent else 3
+    fine = digits + more_digits  # where a difference is held against a small margin
     low, high = found.interval
     good = found.better if own.sign > 0 else found.worse
     return (
-        f"{before:.{digits}{form}} → {now:.{digits}{form}}: {found.difference:+.{digits}{form}} "
-        f"({low:+.{digits}{form}} to {high:+.{digits}{form}}), better in {good} and worse in "
-        f"{found.better + found.worse - good} of {found.n}, p = {p:.2g}"
+        f"{before:.{digits}{form}} → {now:.{digits}{form}}: {found.difference:+.{fine}{form}} "
+        f"({low:+.{fine}{form}} to {high:+.{fine}{form}}), better in {good} and worse in "
+        f"{found.better + found.worse - good} of {found.n}, {tail}"
     )
 
 
