@@ -81,7 +81,9 @@ def told(scene: Scene) -> int:
     return found[0]
 
 
-def pictures(seed: int, num: int, size: int = 48, num_others: int = 2) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def pictures(
+    seed: int, num: int, size: int = 48, num_others: int = 2, noise: float = 0.0
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Draws pictures, each class equally often, in an order of chance.
 
     Args:
@@ -89,6 +91,7 @@ def pictures(seed: int, num: int, size: int = 48, num_others: int = 2) -> tuple[
         num: N.
         size: Side in pixels.
         num_others: Objects that are neither heart nor circle nor cross, in each.
+        noise: Standard deviation of what is added to every value of every pixel, in grey levels.
 
     Returns:
         Images `[N, 3, size, size]`, RGB, and labels `[N]`, indices into `CLASSES`.
@@ -98,5 +101,6 @@ def pictures(seed: int, num: int, size: int = 48, num_others: int = 2) -> tuple[
     images = np.empty((num, 3, size, size), np.uint8)
     for n, label in enumerate(labels):
         texture = rng.normal(0, _TEXTURE, (size, size)).astype(np.float32)
-        images[n] = draw(sample(rng, int(label), num_others), size, texture).transpose(2, 0, 1)
+        drawn = draw(sample(rng, int(label), num_others), size, texture).transpose(2, 0, 1)
+        images[n] = np.clip(np.rint(drawn + rng.normal(0, noise, drawn.shape)), 0, 255)
     return images, labels

@@ -68,6 +68,12 @@ def test_pictures_depend_on_the_seed_alone_and_all_classes_are_as_many():
     assert np.bincount(labels).tolist() == [5] * len(CLASSES)
 
 
+def test_noise_is_as_large_as_asked():
+    clean, noisy = (pictures(5, 4, noise=noise)[0].astype(float)[0] for noise in (0, 20))
+    grey = (clean > 60) & (clean < 195)  # where nothing is cut off
+    assert (noisy - clean)[grey].std() == pytest.approx(20, rel=0.1)
+
+
 def test_what_cannot_be_drawn_is_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="label=4: expected an index into CLASSES"):
