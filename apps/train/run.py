@@ -127,7 +127,7 @@ def _prepare(order: Order, machine: Machine, accelerator: Accelerator, folder: F
     from .data import parts
     from .trainer import Trainer
 
-    note = _note if accelerator.is_main_process else _silent
+    note: Callable[[str], None] = _note if accelerator.is_main_process else lambda _: None  # said once, by the first
     workers = default_workers(accelerator.device.type) if machine.workers is None else machine.workers
     found = parts(order.data, order.val_share, order.learning.seed, note)
     with accelerator.main_process_first():  # which fetches weights for all
@@ -250,7 +250,3 @@ def _tell(outcome: dict[str, Any], output: str, as_json: bool) -> None:
 
 def _note(message: str) -> None:
     stderr.print(message, markup=False)
-
-
-def _silent(message: str) -> None:
-    pass
