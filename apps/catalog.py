@@ -9,6 +9,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
@@ -60,7 +61,9 @@ def catalog(pattern: str | None, everything: bool) -> list[ModelFacts]:
     Raises:
         UsageError: Nothing matches.
     """
-    names = own_names() if not everything else _all()
+    import weights
+
+    names = [*(own_names() if not everything else _all()), *weights.shipped_classifiers()]
     if pattern is not None:
         wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
         names = [name for name in names if fnmatch.fnmatch(name, wanted)]
@@ -100,6 +103,8 @@ def _facts(name: str, measured: bool) -> ModelFacts:
 
     import weights
 
+    if (folder := weights.shipped_classifiers().get(name)) is not None:
+        return _shipped(name, folder)
     params, gmacs = _measured_before().get(name) or (measure(name) if measured else (None, None))
     entry = next((e for e in weights.entries() if e.default and e.architecture == name), None)
     if entry is None:
@@ -108,6 +113,17 @@ def _facts(name: str, measured: bool) -> ModelFacts:
     source = entry.url if entry.source == "url" else f"package {entry.distribution}"
     here = weights.path_of(entry.name) is not None
     return ModelFacts(name, entry.family, params, gmacs, entry.top1, source, here)
+
+
+def _shipped(name: str, folder: Path) -> ModelFacts:
+    """A network that comes with this package, a `local-dir:` folder of timm's."""
+    import timm
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture, arguments = config["architecture"], config.get("model_args", {})
+    family = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
+    size = tuple(config["pretrained_cfg"]["input_size"])
+    return ModelFacts(name, family, *measure(architecture, size, **arguments), None, "ships with attnsuite", True)
 
 
 def _published(architecture: str) -> tuple[str | None, bool]:
@@ -125,8 +141,14 @@ def _published(architecture: str) -> tuple[str | None, bool]:
     return url, False
 
 
-def measure(name: str) -> tuple[float, float | None]:
-    """Parameters (M) and multiply-accumulates (G), counted on tensors without storage."""
+def measure(name: str, input_size: tuple[int, ...] | None = None, **arguments: Any) -> tuple[float, float | None]:
+    """Parameters (M) and multiply-accumulates (G), counted on tensors without storage.
+
+    Args:
+        name: The architecture.
+        input_size: Of an image, `(C, H, W)`; by default the architecture's own.
+        **arguments: Of its constructor.
+    """
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -134,8 +156,8 @@ def measure(name: str) -> tuple[float, float | None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # initialisers warn that there is nothing to initialise
         with torch.device("meta"):
-            model: Any = timm.create_model(name).eval()
-            image = torch.empty(1, *model.pretrained_cfg["input_size"])
+            model: Any = timm.create_model(name, **arguments).eval()
+            image = torch.empty(1, *(input_size or model.pretrained_cfg["input_size"]))
         params = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deformable})
         try:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +52,8 @@ class ModelChoice:
     """What the user asked for.
 
     Attributes:
-        name: A timm name with or without tag, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
+        name: A timm name with or without tag, one of a network that ships here, `hf-hub:OWNER/NAME` or
+            `local-dir:FOLDER`.
         checkpoint: A file with weights to use instead of the published ones.
         random_weights: Build the network without trained weights.
     """
@@ -138,6 +139,8 @@ def resolve(choice: ModelChoice) -> ResolvedModel:
         raise UsageError("--checkpoint and --random-weights exclude each other")
     if choice.checkpoint is not None and not Path(choice.checkpoint).is_file():
         raise UsageError(f"checkpoint {choice.checkpoint!r} is not a file on this machine")
+    if not source and (folder := _shipped(name)) is not None:
+        choice, source, name = replace(choice, name=f"local-dir:{folder}"), "local-dir", str(folder)
     if source == "local-dir":
         return _resolve_folder(choice, Path(name))
     if source == "hf-hub":
@@ -215,14 +218,23 @@ def _register() -> None:
     import attnsuite  # noqa: F401 - registering is what its import is for
 
 
+def _shipped(name: str) -> Path | None:
+    """The folder of a network that comes with this package."""
+    import weights
+
+    return weights.shipped_classifiers().get(name)
+
+
 def _registered(name: str) -> tuple[str, str]:
     """Architecture and tag of a registered name, or an error that offers the nearest ones."""
     import timm
     from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
+    import weights
+
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
-        known = timm.list_models()
+        known = [*timm.list_models(), *weights.shipped_classifiers()]
         near = difflib.get_close_matches(architecture, known, n=4) or fnmatch.filter(known, f"*{architecture}*")[:4]
         hint = f"did you mean {' or '.join(near)}?" if near else "attnsuite models --all lists every name"
         raise UsageError(f"no model is called {architecture!r}; {hint}")

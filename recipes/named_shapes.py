@@ -53,7 +53,7 @@ def pictures(
 
     Args:
         seed: Of everything.
-        num: N.
+        num: N; below 36 only the first classes are shown.
         size: Side in pixels.
         diameters: See `sample`.
 

@@ -34,7 +34,7 @@ MODEL_ARGS: dict[str, Any] = {"num_classes": len(NAMES), "img_size": SIZE, "n_wi
 """Four regions a side, so that the map of 16 × 16 in the first stage needs no padding."""
 
 SEED, MEASURED_SEED = 0, 20_000
-STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP = 600, 32, 2e-3, 0.1
+STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP = 400, len(NAMES), 2e-3, 0.1
 MEASURED = 3600
 
 _LOG = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def train(model: nn.Module, steps: int = STEPS, seed: int = SEED) -> None:
 
     Args:
         model: As `build` makes it.
-        steps: Of AdamW, with a rate that rises and falls by a cosine.
+        steps: Of AdamW, with a rate that rises and falls by a cosine; each class is in each step once.
         seed: Of the pictures: step n draws those of `seed + n + 1`.
     """
     optimizer = create_optimizer_v2(model, "adamw", LEARNING_RATE, 0.05)
@@ -82,7 +82,7 @@ def save(model: nn.Module, folder: Path) -> None:
     data: dict[str, Any] = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
     save_for_hf(
         copy.deepcopy(model).half(),
-        folder,
+        str(folder),
         model_config={"label_names": list(NAMES)},
         safe_serialization=True,
         data_config={**data, "interpolation": "bilinear"},

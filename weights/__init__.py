@@ -6,7 +6,7 @@ The ground floor of the suite: it imports nothing else of ours, and torch only w
 from .checkpoint import differences, load_state_dict, save_state_dict
 from .manifest import Entry, WeightsError, entries, entry
 from .pretrained import build_model, cfg, state_dict_for
-from .store import fetch, home, import_file, path_of, shipped, verify
+from .store import fetch, home, import_file, path_of, shipped, shipped_classifiers, verify
 
 __all__ = [
     "Entry",
@@ -23,6 +23,7 @@ __all__ = [
     "path_of",
     "save_state_dict",
     "shipped",
+    "shipped_classifiers",
     "state_dict_for",
     "verify",
 ]

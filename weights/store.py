@@ -28,7 +28,7 @@ from .checkpoint import load_state_dict, names_of_safetensors, save_state_dict
 from .download import Progress, download
 from .manifest import Entry, WeightsError, entry
 
-__all__ = ["fetch", "home", "import_file", "path_of", "shipped", "verify"]
+__all__ = ["fetch", "home", "import_file", "path_of", "shipped", "shipped_classifiers", "verify"]
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +72,16 @@ def shipped(name: str) -> Path:
     if not folder.is_dir():
         raise WeightsError(f"the model {name} is not part of this installation: reinstall attnsuite with its weights")
     return folder
+
+
+def shipped_classifiers() -> dict[str, Path]:
+    """The networks that come with this package as timm's `local-dir:` folders: name → folder."""
+    configs = sorted(Path(__file__).parent.glob("*/config.json"))
+    return {
+        file.parent.name: file.parent
+        for file in configs
+        if "architecture" in json.loads(file.read_text(encoding="utf-8"))
+    }
 
 
 def fetch(name: str, *, progress: Progress | None = None, force: bool = False) -> Path:
