@@ -17,7 +17,7 @@ AUGMENTATIONS = ("none", "light", "strong")
 
 _LEARNING, _SEEING = "How to learn", "How pictures are varied"
 _LEAST_STEPS = 8  # an epoch, so that small data do not become one batch
-_LARGEST_BATCH = 64
+_SMALLEST_BATCH, _LARGEST_BATCH = 16, 64  # below, batch statistics say little
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class Learning:
         """
         batch = self.batch_size
         if batch is None:
-            batch = max(1, min(_LARGEST_BATCH, 2 ** int(math.log2(max(2, pictures / _LEAST_STEPS)))))
+            suited = 2 ** int(math.log2(max(1, pictures / _LEAST_STEPS)))
+            batch = min(max(_SMALLEST_BATCH, min(_LARGEST_BATCH, suited)), pictures)
         if batch > pictures:
             raise UsageError(
                 f"--batch-size {batch} is larger than the {pictures} pictures to learn from; try "
@@ -136,7 +137,7 @@ def _rate(opt: str, batch: int, trained: bool) -> float:
     """A learning rate that suits: by the root of the batch size for optimisers that scale gradients, else by itself."""
     if "sgd" in opt or opt.startswith(("momentum", "nesterov")):
         return (0.01 if trained else 0.1) * batch / 256
-    return (5e-4 if trained else 1e-3) * math.sqrt(batch / 256)
+    return 1e-3 * math.sqrt(batch / 64)  # layer decay makes it smaller where there are weights already
 
 
 @dataclass(frozen=True)

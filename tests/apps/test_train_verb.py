@@ -86,7 +86,7 @@ def test_published_weights_get_a_new_classifier(run, colours, tmp_path):
     )
     assert "layer decay 0.75" in done.err
     stem = load_file(tmp_path / "run" / "last" / "model.safetensors")["conv_stem.weight"]
-    assert torch.allclose(stem, load(resolve(ModelChoice())).module.conv_stem.weight, atol=1e-3)
+    assert torch.allclose(stem, load(resolve(ModelChoice())).module.conv_stem.weight, atol=3e-3)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,8 @@ def test_too_little_memory_suggests_a_size():
 
 def test_defaults_suit_the_data():
     small, large = (Learning().recipe(count, trained=True) for count in (30, 50_000))
-    assert (small.batch_size, small.steps, large.batch_size, large.steps) == (2, 15, 64, 782)
+    assert (small.batch_size, small.steps, large.batch_size, large.steps) == (16, 2, 64, 782)
+    assert Learning().recipe(9, trained=True).batch_size == 9 and Learning().recipe(400, trained=True).batch_size == 32
     assert not Learning(epochs=1).recipe(30, trained=False).ema and large.ema
-    assert large.lr == pytest.approx(2.5e-4) and large.layer_decay == 0.75
+    assert large.lr == pytest.approx(1e-3) and small.lr == pytest.approx(5e-4) and large.layer_decay == 0.75
     assert Learning().recipe(50_000, trained=False).layer_decay == 1
