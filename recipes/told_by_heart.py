@@ -91,7 +91,7 @@ def pictures(
         num: N.
         size: Side in pixels.
         num_others: Objects that are neither heart nor circle nor cross, in each.
-        noise: Standard deviation of what is added to every value of every pixel, in grey levels.
+        noise: Each picture gets noise of a strength of its own, up to this standard deviation in grey levels.
 
     Returns:
         Images `[N, 3, size, size]`, RGB, and labels `[N]`, indices into `CLASSES`.
@@ -102,5 +102,6 @@ def pictures(
     for n, label in enumerate(labels):
         texture = rng.normal(0, _TEXTURE, (size, size)).astype(np.float32)
         drawn = draw(sample(rng, int(label), num_others), size, texture).transpose(2, 0, 1)
-        images[n] = np.clip(np.rint(drawn + rng.normal(0, noise, drawn.shape)), 0, 255)
+        grain = rng.uniform(0, noise) * rng.normal(size=drawn.shape)
+        images[n] = np.clip(np.rint(drawn + grain), 0, 255)
     return images, labels
