@@ -253,7 +253,7 @@ def _table(measured: Measured) -> Table:
                     layer,
                     f"{params / 1e3:.0f}",
                     f"{macs(layer, setting) / 1e6:.0f}",
-                    f"{setting.batch * 1e3 / statistics.median(own):.0f}",
+                    f"{setting.batch * 1e3 / statistics.median(own):.3g}",
                     f"{np.median(own / hilo):.2f}",
                     f"{PUBLISHED[layer]}" if setting == WIDE else "",
                 ]
