@@ -141,7 +141,7 @@ attnsuite classify shapes --model {name} --json
 - **Data**: `recipes/named_shapes.py`, one object of {least:g} to {most:g} of the picture's side, anywhere on a ground
   with stripes and spots, drawn anew for each step; measured on the pictures of seed {measured_seed}.
 - **Training**: `python -m recipes.shape_classifier --out weights/{name}`, seed {seed}, {steps} steps of {batch}
-  pictures, AdamW with a rate of up to {rate:g}, {minutes:.0f} minutes of one CPU thread.
+  pictures, AdamW with a rate of up to {rate:g}, about {minutes:.0f} min of one CPU thread.
 - **Input**: RGB, {size} x {size}, from -1 to 1.
 - **Routing**: 4 x 4 regions; a region attends to 1 of 16 in the first stage, to 4 in the second, to all in the third.
 - **Licence**: Apache-2.0. No data of others was used.
