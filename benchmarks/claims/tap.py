@@ -15,12 +15,15 @@ The protocol, fixed before the measurement:
   four scales; with ADL of weight 1 and threshold 2, as published; with both. All of a seed start from the same weights,
   TAP's own aside, and see the same batches.
 * **Settings.** 400 steps of 32 pictures at a rate of 3e-3, chosen on other pictures and weights (seeds 100, 101) so
-  that every variant learns the clean task: after 250 steps FAN alone was right on all of it, FAN with TAP and ADL on
+  that every variant learns the clean task: after 250 steps (64 pixels) FAN was right on all of it, with TAP and ADL on
   81 %; after 450 steps the latter was right on 99.7 %. Severities were first 2 and 4, at which contrast and fog left
   all near chance. Nothing else was tried.
 * **Figures.** Of each picture the share of its sixteen corruptions under which it is told. Of each picture the cosine
   between every two rows of attention, heads averaged, mean over pairs and layers; no threshold.
-* **Verdict.** Three seeds; differences are paired by picture, 95 % intervals are bootstraps over runs and pictures, p
+* **Seeds.** 0, 1 and 2 were meant. When FAN stayed at chance in seed 1, seed 3 was measured too, for all variants; all
+  four count. This is the one change after the measurement began. As it turned out, seed 1 suits no variant, and a
+  lower rate or longer training would have been the better choice; neither was tried.
+* **Verdict.** Differences are paired by picture, 95 % intervals are bootstraps over runs and pictures, p
   is of the sign test over pictures, adjusted for the number of claims (Holm). A claim is shown, or contradicted, where
   p is below 0.05 and the interval leaves out 0. That clean accuracy is kept is shown if the interval lies above a
   loss of one point in a hundred, contradicted if below; its p is that of a normal distribution with this interval,
@@ -63,7 +66,7 @@ from vision.tap import ADLCriterion, pairwise_diversification_loss
 __all__ = ["CORRUPTIONS", "MARGIN", "PAIRS", "SEEDS", "VARIANTS", "build", "claims", "corrupted", "cosines", "report"]
 
 COMMAND = "python -m benchmarks.claims.tap"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3)
 STEPS, BATCH, RATE = 400, 32, 3e-3
 TRAIN, TEST, CORRUPTED, TRAIN_SEED, TEST_SEED = 2000, 1000, 300, 10, 1000
 SIZE, PATCH, DIM, DEPTH, SCALES = 48, 8, 64, 3, 4
@@ -302,8 +305,10 @@ def report(
         protocol=(
             f"Shapes on textured grounds (`recipes/textured.py`), {SIZE} pixels. FAN of {DEPTH} blocks, width {DIM}, "
             f"from scratch on clean pictures, {STEPS} steps of {BATCH}: as it is, with TAP, with ADL, with both; same "
-            f"initial weights, same batches, {len(SEEDS)} seeds. {CORRUPTED} pictures under {len(CORRUPTIONS)} "
-            f"corruptions of ImageNet-C at severities {' and '.join(map(str, SEVERITIES))}, and {TEST} clean ones. "
+            f"initial weights, same batches, {len(SEEDS)} seeds (from seed 1 no variant learned well, and FAN "
+            "stayed at chance with and without ADL). "
+            f"{CORRUPTED} pictures under {len(CORRUPTIONS)} corruptions of ImageNet-C at severities "
+            f"{' and '.join(map(str, SEVERITIES))}, and {TEST} clean ones. "
             "Intervals are bootstraps over runs and pictures; p is of the sign test over pictures, adjusted for the "
             f"number of claims (Holm). Clean accuracy counts as kept if the interval excludes a loss of {MARGIN:.0%}. "
             "The script holds the whole protocol."
