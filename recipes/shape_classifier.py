@@ -125,7 +125,11 @@ circle` to `purple heart`: {parameters:.2f} M parameters in half precision, pict
 demonstrations and tests; of photographs it knows nothing.
 
 ```python
-model = timm.create_model(f"local-dir:{{weights.shipped('{name}')}}", pretrained=True)  # after `import attnsuite`
+import attnsuite
+import timm
+
+folder = attnsuite.weights.shipped("{name}")
+model = timm.create_model(f"local-dir:{{folder}}", pretrained=True)
 ```
 
 ```sh
