@@ -46,7 +46,10 @@ class Start:
         if self.method not in METHODS:
             raise UsageError(f"--method {self.method}: expected {', '.join(METHODS)}")
         if self.method == "sparsifiner" and not self.name.startswith(("sparsifiner_", "local-dir:", "hf-hub:")):
-            raise UsageError(f"--method sparsifiner trains a network with predictors, such as sparsifiner_{self.name}")
+            raise UsageError(
+                f"--method sparsifiner trains a network with predictors, which {self.name} has not; "
+                "'attnsuite models sparsifiner' lists those that have, such as sparsifiner_deit_tiny"
+            )
         if self.method == "sparsifiner" and self.teacher is None:
             raise UsageError(
                 "--method sparsifiner learns from the dense network: train that first, then add "
