@@ -48,7 +48,7 @@ class Start:
         if self.method == "sparsifiner" and not self.name.startswith(("sparsifiner_", "local-dir:", "hf-hub:")):
             raise UsageError(
                 f"--method sparsifiner trains a network with predictors, which {self.name} has not; "
-                "'attnsuite models sparsifiner' lists those that have, such as sparsifiner_deit_tiny"
+                "'attnsuite models sparsifiner' lists those that have, such as sparsifiner_deit_tiny_patch16_224"
             )
         if self.method == "sparsifiner" and self.teacher is None:
             raise UsageError(
