@@ -131,7 +131,7 @@ def test_methods_train_with_their_own_criterion(run, tmp_path, method, terms):
         (("--lr", 0), "--lr 0.0: expected a number above 0"),
         (("-m", "resnet10t", "--method", "adl"), "--method adl needs attention, of which resnet10t has none"),
         (("--method", "dcal"), "--method dcal could not save what it makes of test_vit; choose of dcal_deit_base"),
-        (("--method", "sparsifiner"), "such as sparsifiner_test_vit"),
+        (("--method", "sparsifiner"), "predictors, which test_vit has not"),
         (("-m", "sparsifiner_deit_tiny_patch16_224", "--method", "sparsifiner"), "--teacher local-dir:DIR/best"),
         (("-m", "resnet5000"), "no model is called 'resnet5000'"),
         (("--device", "cuda:7"), "choose a GPU by CUDA_VISIBLE_DEVICES"),
