@@ -10,6 +10,7 @@ import typer
 from . import options as opt
 from .ask.command import ask
 from .clip.choice import ClipChoice
+from .demos.command import demo
 from .evaluate.command import evaluate
 from .generate.command import SeveralSubjects, generate
 from .models import ModelChoice, SegmenterChoice
@@ -255,6 +256,7 @@ app.command()(verb(ask))
 app.command()(verb(scanpath))
 app.command()(verb(train))
 app.command()(verb(evaluate))
+app.command()(verb(demo))
 
 
 @app.command()

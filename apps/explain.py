@@ -194,13 +194,14 @@ def class_index(network: Network, target: str) -> int:
     raise UsageError(f"--target {target!r} fits {len(found)} classes: {several}; give the index")
 
 
-def blend(view: View, heat: np.ndarray, opacity: float) -> np.ndarray:
+def blend(view: View, heat: np.ndarray, opacity: float, colour_map: int = cv2.COLORMAP_TURBO) -> np.ndarray:
     """Lays a heat map over the part of a picture that the network saw; cold places keep the picture's own colour.
 
     Args:
         view: The picture and that part of it.
         heat: `(H, W)`, from 0 to 1.
         opacity: Of the hottest places, from 0 to 1.
+        colour_map: One of OpenCV's.
 
     Returns:
         `(height, width, 3)`, uint8, RGB.
@@ -213,6 +214,6 @@ def blend(view: View, heat: np.ndarray, opacity: float) -> np.ndarray:
     inside = grown[max(-top, 0) : height - top, max(-left, 0) : width - left]
     y, x = max(top, 0), max(left, 0)
     field[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
-    colours = cv2.applyColorMap((field * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    colours = cv2.applyColorMap((field * 255).astype(np.uint8), colour_map)[..., ::-1]
     cover = (opacity * np.sqrt(field))[..., None]
     return (view.picture * (1 - cover) + colours * cover).round().astype(np.uint8)

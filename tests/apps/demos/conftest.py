@@ -1,0 +1,93 @@
+"""Real servers on loopback for the demos, and a real browser: system Chromium driven by Playwright, no downloads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TIMEOUT_MS = 90_000
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Serves a page, or all, and gives its address: `serve("see", serving=Serving(…), max_models=1)`."""
+    from apps.demos.host import Settings
+    from apps.demos.server import Serving, launch
+
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    running = []
+
+    def start(name: str | None = None, serving: Serving | None = None, **settings: Any) -> str:
+        blocks, address = launch(serving or Serving(), Settings(**{"device": "cpu", **settings}), name)
+        running.append(blocks)
+        return address
+
+    yield start
+    for blocks in running:
+        blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if not shutil.which(CHROMIUM):
+        pytest.skip(f"no Chromium at {CHROMIUM}: apt-get install chromium, or set CHROMIUM")
+    sync_api.expect.set_options(timeout=TIMEOUT_MS)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Opens an address; refuses every request that leaves it, keeps the errors of the page, takes a picture at the end.
+
+    `page.errors` and `page.outside` are lists that a test compares with `[]`. Pictures go to the folder SCREENSHOTS.
+    """
+    pages: list[Any] = []
+
+    def go(url: str, width: int = 1440, height: int = 900, dark: bool = False) -> Any:
+        scheme = "dark" if dark else "light"
+        page = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
+        page.set_default_timeout(TIMEOUT_MS)
+        page.errors, page.outside = [], []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        origin = "/".join(url.split("/")[:3])
+
+        def guard(route: Any) -> None:
+            if route.request.url.startswith((origin, "data:", "blob:")):
+                route.continue_()
+            else:
+                page.outside.append(route.request.url)
+                route.abort()
+
+        page.route("**/*", guard)
+        page.goto(url, wait_until="domcontentloaded")
+        pages.append(page)
+        return page
+
+    yield go
+    folder = os.environ.get("SCREENSHOTS")
+    for number, page in enumerate(pages):
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+            page.screenshot(path=os.path.join(folder, f"{request.node.name}_{number}.png"), full_page=True)
+        page.context.close()
