@@ -10,34 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components.image import ImageData
+from gradio.data_classes import ImageData
 from PIL import Image, UnidentifiedImageError
 
 from ..batch.decode import Unreadable, image_suffixes, read_image
 from .host import Settings
 
-__all__ = ["Upload", "chosen", "picture", "read_upload", "samples"]
+__all__ = ["chosen", "picture", "read_upload", "samples", "upload"]
 
 
-class Upload(gr.Image):
+def upload(label: str, **options: Any) -> gr.Image:
     """A place for one picture, which reaches its handler as the path of the file, unopened.
 
     `gr.Image` decodes first and asks later: a file that is no picture, or one of a billion pixels, would be met by
-    Gradio and not by us.
+    Gradio and not by us. (A class of our own would make Gradio write a stub file beside this one.)
+
+    Args:
+        label: Of the control.
+        **options: Of `gr.Image`.
     """
+    image = gr.Image(label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], **options)
 
-    is_template = True  # the page draws it as its base class
-
-    def __init__(self, label: str, **options: Any) -> None:
-        super().__init__(label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], **options)
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        """The path of what was uploaded."""
+    def path_of(payload: ImageData | None) -> str | None:
         return None if payload is None else payload.path
 
-    def get_config(self, cls: type[gr.blocks.Block] | None = None) -> dict[str, Any]:
-        """What the page is told of it: all that it is told of any image."""
-        return super().get_config(cls or gr.Image)
+    setattr(image, "preprocess", path_of)  # noqa: B010 - of this one
+    return image
 
 
 @functools.cache
@@ -51,7 +49,7 @@ def samples(kind: str) -> dict[str, Path]:
     return {path.stem.replace("_", " "): path for path in sorted(folder.iterdir()) if path.suffix in (".jpg", ".png")}
 
 
-def picture(page: str, kind: str) -> tuple[Upload, gr.Dropdown]:
+def picture(page: str, kind: str) -> tuple[gr.Image, gr.Dropdown]:
     """Draws the controls for the picture of a page: a place to upload one, and samples to choose from.
 
     Args:
@@ -61,7 +59,7 @@ def picture(page: str, kind: str) -> tuple[Upload, gr.Dropdown]:
     Returns:
         What a handler takes as `image` and `sample`, for `chosen`; the second has a place in a permalink.
     """
-    image = Upload("Picture", elem_id=f"{page}-image", height=280)
+    image = upload("Picture", elem_id=f"{page}-image", height=280)
     here = samples(kind)
     thumbnails = gr.Gallery(
         [(str(path), name) for name, path in here.items()],
@@ -112,7 +110,7 @@ def read_upload(path: str | None, settings: Settings) -> Image.Image:
     """Reads the picture of a visitor, upright, as RGB.
 
     Args:
-        path: Of the file, as `Upload` gives it.
+        path: Of the file, as `upload` gives it.
         settings: With the limits.
 
     Raises:
