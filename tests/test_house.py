@@ -212,7 +212,7 @@ def test_the_metadata_is_as_promised(setup_cfg: configparser.ConfigParser):
     assert setup_cfg["metadata"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert setup_cfg["options"]["python_requires"] == ">=3.10"
-    assert {"test", "dev", "ray", "heic", "browser"} <= set(setup_cfg["options.extras_require"])
+    assert {"test", "dev", "ray", "heic", "browser", "demo"} <= set(setup_cfg["options.extras_require"])
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="attnsuite")
     assert script.value == "apps.cli:main" and callable(script.load())
 
