@@ -261,6 +261,26 @@ app.command()(verb(demo))
 
 @app.command()
 @verb
+def merge(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="What -o was for each shard.", show_default=False)],
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+) -> int:
+    """Put the outputs of all shards of a run together.
+
+    Example: attnsuite classify photos -o labels.csv --shard 0/2; attnsuite classify photos -o labels.csv --shard 1/2;
+    attnsuite merge labels.csv
+    """
+    from .batch.shards import merge
+    from .console import print_merged
+
+    merged = merge(output, overwrite)
+    print_merged(output, merged, as_json)
+    return 1 if merged.failed else 0
+
+
+@app.command()
+@verb
 def models(
     pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a pattern such as '*_tiny'.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of timm's models, not only this suite's.")] = False,

@@ -26,6 +26,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .batch.job import Summary
+    from .batch.shards import Merged
     from .batch.stage import Column, Row, Stage
     from .catalog import ModelFacts
 
@@ -36,6 +37,7 @@ __all__ = [
     "RunReport",
     "StepBar",
     "print_checkpoints",
+    "print_merged",
     "print_models",
     "print_summary",
     "stderr",
@@ -171,6 +173,16 @@ def print_summary(summary: Summary, as_json: bool) -> None:
             "seconds": round(summary.seconds, 3),
             "images_per_second": round(summary.rate, 3),
         }
+        print(json.dumps(facts), file=sys.stdout)
+
+
+def print_merged(output: str, merged: Merged, as_json: bool) -> None:
+    """Says on stderr what came of putting shards together; with `as_json` as an object on stdout, too."""
+    ok = merged.rows - merged.failed
+    style = "yellow" if merged.failed else "green"
+    stderr.print(Text(f"{ok:,} ok, {merged.failed:,} failed of {len(merged.parts):,} shards → {output}", style=style))
+    if as_json:
+        facts = {"output": output, "rows": merged.rows, "ok": ok, "failed": merged.failed, "parts": [*merged.parts]}
         print(json.dumps(facts), file=sys.stdout)
 
 

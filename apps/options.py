@@ -27,6 +27,7 @@ __all__ = [
     "Reading",
     "Resume",
     "Searching",
+    "Shard",
     "Threads",
     "Writing",
     "WritingPictures",
@@ -64,6 +65,15 @@ Glob = Annotated[
 Limit = Annotated[
     int | None,
     typer.Option(min=1, help="Stop after so many inputs.", rich_help_panel=_INPUT, show_default=False),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Of N parts of the run only the I-th, from 0; attnsuite merge puts their outputs together.",
+        rich_help_panel=_INPUT,
+        show_default=False,
+    ),
 ]
 
 Model = Annotated[
@@ -158,12 +168,14 @@ class Reading:
         recursive: Search folders inside folders.
         glob: Pattern that file names must match.
         limit: Stop after so many inputs.
+        shard: `"I/N"`, one of several parts of the run; None for the whole.
     """
 
     inputs: Images
     recursive: Recursive = True
     glob: Glob = None
     limit: Limit = None
+    shard: Shard = None
 
     def find(self, note: Callable[[str], None]) -> Inputs:
         """The images as a stream.
@@ -174,9 +186,11 @@ class Reading:
         Raises:
             UsageError: There are none.
         """
+        from .batch.shards import read_shard
         from .batch.sources import Inputs
 
-        inputs = Inputs(self.inputs, self.recursive, self.glob, self.limit, note=note)
+        shard = None if self.shard is None else read_shard(self.shard)
+        inputs = Inputs(self.inputs, self.recursive, self.glob, self.limit, shard, note)
         inputs.check()
         return inputs
 
@@ -185,7 +199,8 @@ class Reading:
         from .batch.sources import encode_path
 
         named = [encode_path(argument) for argument in self.inputs]
-        return {"inputs": named, "recursive": self.recursive, "glob": self.glob, "limit": self.limit}
+        facts = {"inputs": named, "recursive": self.recursive, "glob": self.glob, "limit": self.limit}
+        return facts if self.shard is None else {**facts, "shard": self.shard}
 
 
 @dataclass(frozen=True)

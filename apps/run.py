@@ -96,6 +96,7 @@ def run(
     if writing.output is not None:
         check_output(writing.output)
     inputs = reading.find(report.note)
+    output = writing.output if inputs.shard is None or writing.output is None else inputs.shard.part(writing.output)
     resolved = options.model.resolve()
     device = pick_device(machine.device)
     batch_size = machine.batch(cpu_batch if device.type == "cpu" else gpu_batch)
@@ -115,8 +116,8 @@ def run(
         **settings,
     }  # fmt: skip
     job = Job(inputs, make_stage, command, report, batch_size, workers, writing.resume, writing.overwrite)
-    if writing.output is not None:
-        return job.to_file(writing.output)
+    if output is not None:
+        return job.to_file(output)
     return job.to_screen(screen or _screen(writing.as_json))
 
 

@@ -54,8 +54,8 @@ class Pairs(Inputs):
                 raise UsageError(f"cannot read {file}: {error.strerror}") from error
 
     def __iter__(self) -> Iterator[Source]:
-        pairs = (self._pair(file, *line) for file in self.arguments for line in _lines(file))
-        return islice(pairs, self.limit)
+        lines = ((file, *line) for file in self.arguments for line in _lines(file))
+        return islice((self._pair(*line) for place, line in enumerate(lines) if self._takes(place)), self.limit)
 
     def _pair(self, file: str, number: int, line: bytes) -> Pair:
         """A line that cannot be read becomes an input with an error, as a picture that cannot be."""

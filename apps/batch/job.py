@@ -158,6 +158,7 @@ class Job:
                 self._work(stage, rest, _recorder(sink, ledger, tally, kept.end), stop, tally, kept.rows)
                 if stop.signum is None:
                     sink.finish()
+                    ledger.finish()
         except UsageError:
             if not kept.rows + tally.rows:  # it shows only now that this command can never work
                 os.unlink(sink.journal)

@@ -2,8 +2,8 @@
 
 The ledger of `labels.csv` is `labels.csv.ledger`: first the command, then a line a batch, with a digest of its inputs'
 names and stamps, and where its rows end in the journal. A batch counts as done once its line is complete, which is
-written after its rows. To go on, the inputs are listed anew and compared batch by batch; the first that differs is
-where work begins again. Memory stays the same whatever the number of inputs.
+written after its rows. A last line says that there was no more to do. To go on, the inputs are listed anew and compared
+batch by batch; the first that differs is where work begins again. Memory stays the same whatever the number of inputs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any
 from ..errors import UsageError
 from .sources import Source
 
-__all__ = ["Commit", "Kept", "Ledger", "digest", "digest_inputs"]
+__all__ = ["Commit", "Kept", "Ledger", "Recorded", "digest", "digest_inputs"]
 
 _FORMAT = 1
+_FINISHED = b'{"finished": true}'
 _PIECE = 1 << 20
 
 
@@ -68,6 +69,23 @@ class Kept:
     place: int = 0
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a ledger says, taken at its word.
+
+    Attributes:
+        command: What the rows depend on; None if that cannot be read.
+        rows: Rows in finished batches.
+        failed: How many of them have `status=error`.
+        finished: Whether the run came to its end.
+    """
+
+    command: dict[str, Any] | None
+    rows: int
+    failed: int
+    finished: bool
+
+
 class Ledger:
     """The ledger of one output; while it is open, no other process can open it.
 
@@ -94,6 +112,36 @@ class Ledger:
         except OSError as error:
             os.close(self._fd)
             raise UsageError(f"another run is writing {output} right now; wait for it or choose another -o") from error
+
+    @classmethod
+    @contextlib.contextmanager
+    def reading(cls, output: str) -> Iterator[Ledger]:
+        """The ledger of an output that must be there, kept from other runs meanwhile.
+
+        Raises:
+            UsageError: There is none, or another run is writing this output.
+        """
+        if not os.path.isfile(f"{output}.ledger"):
+            raise UsageError(f"{output} has no ledger beside it ({output}.ledger), so it is not known what it holds")
+        ledger = cls(output, {})
+        try:
+            yield ledger
+        finally:
+            ledger.close()
+
+    def recorded(self) -> Recorded:
+        """What was recorded, not compared with any input."""
+        try:
+            command = json.loads(next(self._lines(), b""))["command"]
+        except (ValueError, KeyError, TypeError):
+            return Recorded(None, 0, 0, False)
+        rows, failed = 0, 0
+        for _, commit in self._commits():
+            rows, failed = rows + commit.rows, failed + commit.failed
+        last = b""
+        for line in self._lines():
+            last = line
+        return Recorded(command, rows, failed, last == _FINISHED)
 
     def differences(self) -> list[str] | None:
         """How the command that made the output differs from this one; None if that is not known."""
@@ -152,6 +200,10 @@ class Ledger:
     def record(self, commit: Commit) -> None:
         """Records a finished batch; its rows must have been written."""
         self._append(json.dumps(asdict(commit)) + "\n")
+
+    def finish(self) -> None:
+        """Records that there is no more to do; a run that finds more takes this back."""
+        self._append(_FINISHED.decode() + "\n")
 
     def clear(self) -> None:
         """Forgets the command, too."""

@@ -13,11 +13,15 @@ import re
 import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from .decode import image_suffixes
 from .listing import Found, expand_glob, glob_matches, has_glob, walk
+
+if TYPE_CHECKING:
+    from .shards import Shard
 
 __all__ = ["Inputs", "Source", "decode_path", "encode_path"]
 
@@ -91,6 +95,7 @@ class Inputs:
         recursive: Whether folders inside folders are searched.
         pattern: Shell pattern that names inside folders and archives must match; None takes image suffixes.
         limit: Stop after so many sources.
+        shard: Take the files of one of several parts of the run; None for all.
         note: Told about arguments that repeat others.
     """
 
@@ -98,6 +103,7 @@ class Inputs:
     recursive: bool = True
     pattern: str | None = None
     limit: int | None = None
+    shard: Shard | None = None
     note: Callable[[str], None] = field(default=lambda message: None)
     _noted: set[str] = field(default_factory=set, init=False)
 
@@ -118,7 +124,7 @@ class Inputs:
                     f"{encode_path(argument)!r} is a compressed archive, which cannot be read at random: unpack it to "
                     "a plain .tar or to a folder first"
                 )
-        if next(iter(self), None) is None:
+        if next(iter(replace(self, shard=None)), None) is None:  # a shard may well be empty
             asked = f"names like {self.pattern!r}" if self.pattern else "image suffixes such as .jpg, .png or .webp"
             raise UsageError(
                 f"found no images in {', '.join(map(encode_path, self.arguments))} ({asked}); "
@@ -139,12 +145,16 @@ class Inputs:
 
     def __iter__(self) -> Iterator[Source]:
         count = 0
-        for found in self._found():
-            for source in self._sources(found):
+        for place, found in enumerate(self._found()):
+            for source in self._sources(found) if self._takes(place) else ():
                 if self.limit is not None and count >= self.limit:
                     return
                 count += 1
                 yield source
+
+    def _takes(self, place: int) -> bool:
+        """Whether what stands at this place of the listing is for this run."""
+        return self.shard is None or self.shard.takes(place)
 
     def _found(self) -> Iterator[Found]:
         """Files and failed folders of all arguments; what an earlier argument covers is left out."""

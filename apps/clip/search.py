@@ -149,6 +149,8 @@ def search(reading: Reading, queries: Sequence[str], clip: ClipChoice, machine: 
         UsageError: There is nothing to search in, or features and model do not belong together.
         Stopped: The run ended early.
     """
+    if reading.shard is not None:
+        raise UsageError("--shard: a search looks through everything; embed in shards, merge, then search in that")
     files = [name for name in reading.inputs if is_features(name)]
     images = [name for name in reading.inputs if not is_features(name)]
     report = RunReport()

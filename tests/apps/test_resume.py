@@ -31,7 +31,7 @@ def rows_in_ledger(output: Path) -> int:
     if not ledger.exists():
         return 0
     lines = ledger.read_bytes().split(b"\n")[1:-1]
-    return sum(json.loads(line)["rows"] for line in lines)
+    return sum(json.loads(line).get("rows", 0) for line in lines)
 
 
 def has_more(output: Path, rows: int) -> bool:
