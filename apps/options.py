@@ -39,7 +39,8 @@ Images = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT",
-        help="Image files, folders, quoted patterns such as 'photos/**/*.jpg', and .tar shards.",
+        help="Image files, folders, quoted patterns such as 'photos/**/*.jpg', .tar shards, .parquet files with "
+        "pictures; also at addresses such as s3://bucket/photos.",
         show_default=False,
     ),
 ]

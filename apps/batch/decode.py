@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .remote import open_file, read_range
+from .tables import picture_bytes
+
 if TYPE_CHECKING:
     from .sources import Source
 
@@ -225,10 +228,10 @@ class Decoder:
 
 def _open(source: Source) -> BinaryIO:
     if source.member is None:
-        return open(source.path, "rb")
-    with open(source.path, "rb") as archive:
-        archive.seek(source.offset)
-        content = archive.read(source.size)
+        return open_file(source.path)
+    if source.path.lower().endswith(".parquet"):
+        return io.BytesIO(picture_bytes(source.path, source.offset, source.stamp))
+    content = read_range(source.path, source.offset, source.size)
     if len(content) < source.size:
         raise OSError(f"the archive ends after {len(content):,} of {source.size:,} bytes")
     return io.BytesIO(content)

@@ -29,10 +29,12 @@ class Found:
     Attributes:
         path: The path, with undecodable bytes as surrogate escapes.
         error: Why a folder could not be walked; None for a file.
+        stamp: Changes when the content may have changed, where the listing told; None where the file can be asked.
     """
 
     path: str
     error: str | None = None
+    stamp: str | None = None
 
 
 def sorted_names(folder: str, chunk: int = _CHUNK) -> _Names:

@@ -1,7 +1,7 @@
 """From the arguments of a command to a lazy, ordered stream of image sources.
 
-A source is a file, a member of a tar archive, or something that was found but cannot be read (a folder without
-permission, a link that leads nowhere): that too becomes a row. No list of all sources is ever made.
+A source is a file, a member of a tar archive, a row of a Parquet file, or something that was found but cannot be read
+(a folder without permission, a link that leads nowhere): that too becomes a row. No list of all sources is ever made.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from .decode import image_suffixes
 from .listing import Found, expand_glob, glob_matches, has_glob, walk
+from .remote import find, is_remote, local_path, open_file
+from .tables import count_rows
 
 if TYPE_CHECKING:
     from .shards import Shard
@@ -33,10 +35,10 @@ class Source:
     """One input of a run, that is: one row of its output.
 
     Attributes:
-        path: The file, with undecodable bytes as surrogate escapes.
-        member: Name inside the tar archive `path`, or None for a file of its own.
-        offset: Where the member's bytes begin in the archive.
-        size: How many bytes the member has.
+        path: The file, with undecodable bytes as surrogate escapes, or its address.
+        member: Name inside the tar archive `path`, or row of the Parquet file; None for a file of its own.
+        offset: Where the member's bytes begin in the archive; the row.
+        size: How many bytes the member has; -1 if unknown.
         stamp: Changes when the content may have changed; empty if unknown.
         error: Why this source cannot be read, if that is known already.
     """
@@ -113,7 +115,9 @@ class Inputs:
         Raises:
             UsageError: An argument does not exist or is a compressed archive, or no argument leads to an image.
         """
-        for argument in self.arguments:
+        for argument in map(local_path, self.arguments):
+            if is_remote(argument):
+                continue  # listing it will tell
             if not os.path.lexists(argument):
                 if not has_glob(argument):
                     raise UsageError(f"input {encode_path(argument)!r} does not exist")
@@ -135,7 +139,7 @@ class Inputs:
     def root(self) -> str:
         """The deepest folder that holds every input, for names of outputs that mirror the inputs."""
         folders = []
-        for argument in self.arguments:
+        for argument in map(local_path, self.arguments):
             if not os.path.lexists(argument) and has_glob(argument):
                 argument = os.path.dirname(re.split(r"[*?[]", argument)[0])
             elif not os.path.isdir(argument):
@@ -159,7 +163,10 @@ class Inputs:
     def _found(self) -> Iterator[Found]:
         """Files and failed folders of all arguments; what an earlier argument covers is left out."""
         earlier = _Covered(self.recursive, self._wanted)
-        for argument in self.arguments:
+        for argument in map(local_path, self.arguments):
+            if is_remote(argument):
+                yield from find(argument, recursive=self.recursive, wanted=self._wanted)
+                continue
             repeats = 0
             is_pattern = not os.path.lexists(argument) and has_glob(argument)
             for top in expand_glob(argument) if is_pattern else [Found(argument)]:
@@ -195,23 +202,38 @@ class Inputs:
         if found.error is not None:
             yield Source(found.path, error=found.error)
             return
-        try:
-            status = os.stat(found.path)
-        except OSError as error:
-            yield Source(found.path, error=_unreadable(found.path, error))
-            return
-        stamp = f"{status.st_size}:{status.st_mtime_ns}"
-        if not stat.S_ISREG(status.st_mode):
-            yield Source(found.path, error="not a regular file")
-        elif found.path.lower().endswith(".tar"):
+        stamp = found.stamp
+        if stamp is None:
+            try:
+                status = os.stat(found.path)
+            except OSError as error:
+                yield Source(found.path, error=_unreadable(found.path, error))
+                return
+            if not stat.S_ISREG(status.st_mode):
+                yield Source(found.path, error="not a regular file")
+                return
+            stamp = f"{status.st_size}:{status.st_mtime_ns}"
+        if found.path.lower().endswith(".tar"):
             yield from self._members(found.path, stamp)
+        elif found.path.lower().endswith(".parquet"):
+            yield from self._rows(found.path, stamp)
         else:
             yield Source(found.path, stamp=stamp)
+
+    def _rows(self, path: str, stamp: str) -> Iterator[Source]:
+        """Pictures in a Parquet file, a row each."""
+        try:
+            count = count_rows(path)
+        except Exception as error:  # pyarrow and servers pass on errors of many kinds
+            yield Source(path, stamp=stamp, error=f"cannot read this Parquet file: {' '.join(str(error).split())}")
+            return
+        for row in range(count):
+            yield Source(path, str(row), row, -1, stamp)
 
     def _members(self, path: str, stamp: str) -> Iterator[Source]:
         """Images in a tar archive, addressed by their place in it so that any process can read them."""
         try:
-            with tarfile.open(path, "r:") as archive:
+            with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     archive.members = []  # pyright: ignore[reportAttributeAccessIssue] - else it remembers all members passed
                     if member.isdir() or not self._is_image(os.path.basename(member.name)):
@@ -220,10 +242,9 @@ class Inputs:
                         yield Source(path, member.name, member.offset_data, member.size, stamp)
                     else:
                         yield Source(path, member.name, stamp=stamp, error="a link or special file in an archive")
-                with open(path, "rb") as file:
-                    file.seek(archive.offset)
-                    if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
-                        raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")
+                file.seek(archive.offset)
+                if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                    raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")
         except (tarfile.TarError, OSError, EOFError) as error:
             yield Source(path, stamp=stamp, error=f"cannot read this archive (to its end): {error}")
 
