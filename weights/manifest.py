@@ -48,6 +48,7 @@ class Entry:
         sha256: Digest of the official file, or None where it could not be pinned.
         size: Bytes of the official file, where known.
         top1: Published ImageNet-1K top-1 accuracy in per cent, where there is one.
+        gmacs: Published multiply-accumulates of one picture, in billions, where there are any.
         key: Where the state dict lies inside the official file; None if it is the file.
         default: Whether the bare architecture name means this checkpoint.
         library: Whose networks `architecture` is one of: timm's registered names, or the models of transformers.
@@ -72,6 +73,7 @@ class Entry:
     sha256: str | None = None
     size: int | None = None
     top1: float | None = None
+    gmacs: float | None = None
     key: str | None = None
     default: bool = False
     library: Literal["timm", "transformers"] = "timm"
