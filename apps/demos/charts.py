@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Axis", "Point", "mark", "scatter", "standalone"]
+__all__ = ["Axis", "Point", "inline", "mark", "scatter", "standalone", "text"]
 
 BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
 # What a shape means is for the caller to say; a colour never stands without its shape.
 COLOURS = {"circle": BLUE, "square": VERMILLION, "triangle": GREEN, "diamond": "currentColor"}
 
-_WIDTH, _HEIGHT = 720, 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 58, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 36, 8, 84, 46
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,22 @@ def mark(shape: str, x: float, y: float, size: float = 5, hollow: bool = False, 
     return f'<polygon points="{points}" {paint}>{inner}</polygon>'
 
 
+def inline(body: str, width: float, height: float, label: str, kind: str = "") -> str:
+    """A drawing as part of a page, at most as wide as its place.
+
+    Args:
+        body: What is drawn.
+        width: In pixels.
+        height: In pixels.
+        label: What it shows, for those who do not see it.
+        kind: CSS class.
+    """
+    return (
+        f'<svg role="img" aria-label="{html.escape(label)}" class="{kind}" viewBox="0 0 {width:g} {height:g}" '
+        f'width="{width:g}" height="{height:g}" style="max-width:100%;height:auto" font-size="13">{body}</svg>'
+    )
+
+
 def standalone(body: str, width: float, height: float) -> str:
     """A drawing as a file of its own: dark on white, whatever the page looks like.
 
@@ -115,37 +130,33 @@ def standalone(body: str, width: float, height: float) -> str:
     )
 
 
-def scatter(points: Sequence[Point]) -> tuple[str, str]:
+def scatter(points: Sequence[Point], shapes: Mapping[str, str], width: int = 720, height: int = 460) -> str:
     """Accuracy against multiply-accumulates: filled where counted here, a ring where published.
 
     Args:
         points: At least one.
+        shapes: A key of `COLOURS` for each family that has one of its own; others share the diamond.
+        width: In pixels.
+        height: In pixels.
 
     Returns:
-        The drawing for a page, and as a file of its own.
+        What `inline` or `standalone` makes a drawing of.
     """
     xs = [x for point in points for x in (point.x, point.published_x) if x]
     ys = [point.y for point in points]
-    across = Axis(min(xs) / 1.25, max(xs) * 1.6, _LEFT, _WIDTH - _RIGHT, log=True)
-    up = Axis(min(ys) - 0.4, max(ys) + 0.4, _HEIGHT - _BOTTOM, _TOP)
-    groups = sorted({point.group for point in points})
-    shapes = dict(zip(groups, [*COLOURS] * len(groups), strict=False))
-    body = _frame(across, up) + _legend(shapes)
-    places = [(across.at(x), up.at(point.y)) for point in points for x in (point.x, point.published_x) if x]
-    taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in places]
+    across = Axis(min(xs) / 1.25, max(xs) * 1.5, _LEFT, width - _RIGHT, log=True)
+    up = Axis(min(ys) - 0.4, max(ys) + 0.4, height - _BOTTOM, _TOP)
+    own = {group: shapes.get(group, "diamond") for group in sorted({point.group for point in points})}
+    body = _frame(across, up) + _legend(own)
+    taken = [(x - 10, y - 10, x + 10, y + 10) for x, y in ((across.at(one.x), up.at(one.y)) for one in points)]
     for point in points:
-        x, y, shape = across.at(point.x), up.at(point.y), shapes[point.group]
+        x, y, shape = across.at(point.x), up.at(point.y), own[point.group]
         told = f"{point.name}: {point.y:g} % as published; {point.x:g} GMACs counted here"
         if point.published_x:
             told += f", {point.published_x:g} published"
             body += mark(shape, across.at(point.published_x), y, 8, hollow=True, title=told)
-        body += mark(shape, x, y, 4.5, title=told) + _label(point.name, x, y, taken)
-    label = f"Published ImageNet-1K accuracy against multiply-accumulates of {len(points)} models; the table has them"
-    page = (
-        f'<svg role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" '
-        f'style="max-width:{_WIDTH}px;display:block" font-size="13">{body}</svg>'
-    )
-    return page, standalone(body, _WIDTH, _HEIGHT)
+        body += mark(shape, x, y, 4.5, title=told) + _label(point.name, x, y, taken, (across, up))
+    return body
 
 
 def _frame(across: Axis, up: Axis) -> str:
@@ -154,42 +165,52 @@ def _frame(across: Axis, up: Axis) -> str:
     for tick in across.ticks():
         x = across.at(tick)
         parts.append(f'<line x1="{x}" x2="{x}" y1="{up.end}" y2="{up.start}" stroke="currentColor" opacity=".15"/>')
-        parts.append(_text(f"{tick:g}", x, up.start + 18, "middle"))
+        parts.append(text(f"{tick:g}", x, up.start + 18, "middle"))
     for tick in up.ticks():
         y = up.at(tick)
         parts.append(
             f'<line x1="{across.start}" x2="{across.end}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".15"/>'
         )
-        parts.append(_text(f"{tick:g}", across.start - 7, y + 4, "end"))
+        parts.append(text(f"{tick:g}", across.start - 7, y + 4, "end"))
     middle = (across.start + across.end) / 2
-    parts.append(_text("multiply-accumulates of one picture, billions (GMACs)", middle, up.start + 38, "middle"))
-    parts.append(_text("top-1 on ImageNet-1K, % (as published)", 4, up.end - 10))
+    parts.append(text("multiply-accumulates of one picture, billions", middle, up.start + 38, "middle"))
+    parts.append(text("ImageNet-1K top-1, %, as published", 4, up.end - 10))
     return "".join(parts)
 
 
-def _legend(shapes: dict[str, str]) -> str:
+def _legend(shapes: Mapping[str, str]) -> str:
     """Which shape is which family, and what filled and hollow mean."""
     parts, x = [], 12.0
     for group, shape in shapes.items():
-        parts.append(mark(shape, x, 16, 5.5) + _text(group, x + 12, 20))
-        x += 28 + 7.2 * len(group)
-    x = max(x + 20, 300)
-    parts.append(mark("diamond", x, 16, 4.5) + _text("GMACs counted here", x + 12, 20))
-    parts.append(mark("diamond", x + 160, 16, 7.5, hollow=True) + _text("GMACs as published", x + 174, 20))
+        parts.append(mark(shape, x, 12, 5.5) + text(group, x + 12, 16))
+        x += 36 + 7.2 * len(group)
+    parts.append(mark("diamond", 12, 36, 4.5) + text("GMACs counted here", 24, 40))
+    parts.append(mark("diamond", 184, 36, 7, hollow=True) + text("GMACs as published", 199, 40))
     return "".join(parts)
 
 
-def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
+def _label(
+    name: str, x: float, y: float, taken: list[tuple[float, float, float, float]], within: tuple[Axis, Axis]
+) -> str:
     """A name beside its mark, where it covers nothing; `taken` learns of it. None where there is no room."""
-    width = 6.6 * len(name)
+    across, up = within
+    width = 7.3 * len(name)
     for left, base in ((x + 12, y + 4), (x - 12 - width, y + 4), (x - width / 2, y - 13), (x - width / 2, y + 22)):
         box = (left, base - 11, left + width, base + 3)
-        inside = left > _LEFT and box[2] < _WIDTH and _TOP - 4 < box[1] and box[3] < _HEIGHT - _BOTTOM
+        inside = across.start < left and box[2] < across.end and up.end < box[1] and box[3] < up.start
         if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
             taken.append(box)
-            return _text(name, left, base)
+            return text(name, left, base)
     return ""
 
 
-def _text(text: str, x: float, y: float, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor">{html.escape(text)}</text>'
+def text(words: str, x: float, y: float, anchor: str = "start") -> str:
+    """Words at a place, in the colour of the text around the drawing.
+
+    Args:
+        words: Not escaped yet.
+        x: Where they start, or as `anchor` says.
+        y: Their base line.
+        anchor: `"start"`, `"middle"` or `"end"`.
+    """
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor">{html.escape(words)}</text>'
