@@ -104,22 +104,22 @@ def how_to_load(model: ModelFacts) -> tuple[str, str]:
     Args:
         model: A line of the list.
     """
-    name, package = model.name, str(model.source).startswith("package ")
+    name, segments = model.name, model.name.endswith(("_seg", "_ocr"))
+    verb = f"attnsuite segment photos/ --model {name}" if segments else f"attnsuite classify photos/ --model {name}"
+    shell = f"{verb} -o masks" if segments else f"{verb} -o labels.csv"
     if model.source is None:
-        python = f'import attnsuite, timm; model = timm.create_model("{name}", num_classes=10)'
-        return python, f"attnsuite train DATA --model {name} --out RUN"
+        trained = f"{verb} --checkpoint FILE -o masks" if segments else f"attnsuite train photos/ --model {name} -o run"
+        return f'import attnsuite, timm; model = timm.create_model("{name}", num_classes=10)', trained
     if name in weights.shipped_classifiers():
         folder = f"attnsuite.weights.shipped('{name}')"
-        python = f'import attnsuite, timm; model = timm.create_model(f"local-dir:{{{folder}}}", pretrained=True)'
-    elif package:
+        return f'import attnsuite, timm; model = timm.create_model(f"local-dir:{{{folder}}}", pretrained=True)', shell
+    if model.source.startswith("package "):
         python = (
             f'import timm, weights; model = timm.create_model("{name}"); '
             f'model.load_state_dict(weights.state_dict_for("{name}", model))'
         )
-    else:
-        python = f'import attnsuite, timm; model = timm.create_model("{name}", pretrained=True)'
-    segments = name.endswith(("_seg", "_ocr"))
-    return python, f"attnsuite {'segment' if segments else 'classify'} photos/ --model {name} -o OUT"
+        return python, shell
+    return f'import attnsuite, timm; model = timm.create_model("{name}", pretrained=True)', shell
 
 
 def facts_about(model: ModelFacts) -> str:
@@ -138,6 +138,7 @@ def facts_about(model: ModelFacts) -> str:
     ]
     if entry:
         lines.append(f"Paper: [{entry.paper}]({entry.paper_url})")
+        lines += [note for note in (entry.notes, entry.terms) if note]
     return "".join(f"- {line}\n" for line in lines)
 
 
