@@ -24,6 +24,7 @@ __all__ = [
     "Output",
     "Overwrite",
     "RandomWeights",
+    "ReadTimeout",
     "Reading",
     "Resume",
     "Searching",
@@ -74,6 +75,15 @@ Shard = Annotated[
         help="Of N parts of the run only the I-th, from 0; attnsuite merge puts their outputs together.",
         rich_help_panel=_INPUT,
         show_default=False,
+    ),
+]
+ReadTimeout = Annotated[
+    float,
+    typer.Option(
+        min=0.1,
+        metavar="SECONDS",
+        help="An input that takes longer to read and decode becomes a row with an error.",
+        rich_help_panel=_INPUT,
     ),
 ]
 
@@ -170,6 +180,7 @@ class Reading:
         glob: Pattern that file names must match.
         limit: Stop after so many inputs.
         shard: `"I/N"`, one of several parts of the run; None for the whole.
+        read_timeout: Seconds that reading one input may take.
     """
 
     inputs: Images
@@ -177,6 +188,7 @@ class Reading:
     glob: Glob = None
     limit: Limit = None
     shard: Shard = None
+    read_timeout: ReadTimeout = 120.0
 
     def find(self, note: Callable[[str], None]) -> Inputs:
         """The images as a stream.

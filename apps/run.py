@@ -115,7 +115,10 @@ def run(
         "verb": verb, "model": resolved.label, "weights": resolved.identity, **reading.facts(), "amp": machine.amp,
         **settings,
     }  # fmt: skip
-    job = Job(inputs, make_stage, command, report, batch_size, workers, writing.resume, writing.overwrite)
+    job = Job(
+        inputs, make_stage, command, report, batch_size, workers, writing.resume, writing.overwrite,
+        reading.read_timeout,
+    )  # fmt: skip
     if output is not None:
         return job.to_file(output)
     return job.to_screen(screen or _screen(writing.as_json))

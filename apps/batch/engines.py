@@ -59,6 +59,7 @@ def run_local(
     batch_size: int,
     workers: int,
     stop: Stop,
+    read_timeout: float | None = None,
 ) -> None:
     """Runs a stage over sources on this machine.
 
@@ -69,12 +70,13 @@ def run_local(
         batch_size: Inputs a batch.
         workers: Decode processes; 0 decodes in this one.
         stop: Asked after every batch.
+        read_timeout: Seconds that reading one input may take; None for any time.
 
     Raises:
         Stopped: A worker died or the network failed; what was emitted before is whole.
     """
     try:
-        for batch in _decoded(stage.decoder, sources, batch_size, workers):
+        for batch in _decoded(_Decoding(stage.decoder, read_timeout), sources, batch_size, workers):
             emit(batch, _rows(stage, batch))
             if stop.signum is not None:
                 return
@@ -88,11 +90,11 @@ def run_local(
             ) from error
 
 
-def _decoded(decoder: Decoder, sources: Iterator[Source], batch_size: int, workers: int) -> Iterator[Batch]:
+def _decoded(decoding: _Decoding, sources: Iterator[Source], batch_size: int, workers: int) -> Iterator[Batch]:
     from torch.utils.data import DataLoader
 
     loader: Iterable[Batch] = DataLoader(
-        _Decoding(decoder),  # pyright: ignore[reportArgumentType] - all that is asked of it is __getitems__
+        decoding,  # pyright: ignore[reportArgumentType] - all that is asked of it is __getitems__
         batch_sampler=_Batches(sources, batch_size),
         num_workers=workers,
         collate_fn=_alone,
@@ -117,11 +119,12 @@ class _Batches:
 class _Decoding:
     """The decoder in the shape of a torch dataset whose indices are the sources themselves."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, read_timeout: float | None) -> None:
         self._decoder = decoder
+        self._read_timeout = read_timeout
 
     def __getitems__(self, sources: Sequence[Source]) -> list[Batch]:
-        return [decode(self._decoder, sources)]
+        return [decode(self._decoder, sources, self._read_timeout)]
 
 
 def _alone(batches: list[Batch]) -> Batch:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ..errors import Interrupted, Stopped, UsageError
 from .engines import Stop, run_local
 from .ledger import Commit, Kept, Ledger, digest, digest_inputs
-from .sinks import SUFFIXES, FileSink, file_sink
+from .sinks import SUFFIXES, FileSink, Lost, file_sink
 from .sources import Inputs, Source
 from .stage import COMMON_COLUMNS, Batch, Column, Row, Stage
 
@@ -99,6 +99,7 @@ class Job:
         workers: Decode processes.
         resume: Go on where an earlier run of the same command ended.
         overwrite: Replace what an earlier run wrote.
+        read_timeout: Seconds that reading one input may take; None for any time.
     """
 
     inputs: Inputs
@@ -109,6 +110,7 @@ class Job:
     workers: int
     resume: bool = True
     overwrite: bool = False
+    read_timeout: float | None = None
 
     def to_screen(self, screen: Screen) -> Summary:
         """Runs over all inputs and shows the rows; nothing is kept."""
@@ -167,6 +169,8 @@ class Job:
         except OSError as error:
             reason = f"cannot write {error.filename or output}: {error.strerror}"
             raise Stopped(f"{reason}. {self._how_to_go_on(kept, tally)}") from error
+        except Lost:
+            raise
         except Stopped as error:
             raise Stopped(f"{error}. {self._how_to_go_on(kept, tally)}") from error
         finally:
@@ -216,7 +220,10 @@ class Job:
         self.report.start(self.inputs, done)
         tally.begin()
         try:
-            run_local(stage, sources, emit, batch_size=self.batch_size, workers=self.workers, stop=stop)
+            run_local(
+                stage, sources, emit, batch_size=self.batch_size, workers=self.workers, stop=stop,
+                read_timeout=self.read_timeout,
+            )  # fmt: skip
         finally:
             tally.end()
             self.report.stop()

@@ -17,13 +17,27 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import Stopped, UsageError
 from .stage import Column, Row
 
-__all__ = ["SUFFIXES", "CsvSink", "FileSink", "JsonlSink", "ParquetSink", "file_sink", "json_line", "stdout_writer"]
+__all__ = [
+    "SUFFIXES",
+    "CsvSink",
+    "FileSink",
+    "JsonlSink",
+    "Lost",
+    "ParquetSink",
+    "file_sink",
+    "json_line",
+    "stdout_writer",
+]
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _ROW_GROUP = 16_384
+
+
+class Lost(Stopped):
+    """The file of a run was taken away while it was written, so that none of its rows is kept."""
 
 
 class FileSink(ABC):
@@ -55,8 +69,10 @@ class FileSink(ABC):
         """Writes rows and returns the bytes written, which have left this process when this returns.
 
         Raises:
-            OSError: The disk is full, the folder gone, …
+            OSError: The disk is full, …
+            Lost: The file or its folder is gone.
         """
+        self._check_there()
         content = (b"" if self._length else self.header()) + self.encode(rows)
         before = self._length
         try:
@@ -68,10 +84,16 @@ class FileSink(ABC):
         return content
 
     def finish(self) -> None:
-        """Makes the output complete and durable."""
+        """Makes the output complete and durable.
+
+        Raises:
+            OSError: The disk is full, …
+            Lost: The file or its folder is gone.
+        """
         assert self._file is not None
         if not self._length:
             self._write(self.header())
+        self._check_there()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -86,6 +108,19 @@ class FileSink(ABC):
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> bytes:
         """Rows as they stand in the journal."""
+
+    def _check_there(self) -> None:
+        """A file that was removed can be written to as long as it is open, and is gone thereafter."""
+        assert self._file is not None
+        try:
+            there = os.path.samestat(os.stat(self.journal), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise Lost(
+                f"{self.journal} was removed while it was written, and its rows with it; run the same command again to "
+                "begin anew"
+            )
 
     def _write(self, content: bytes) -> None:
         assert self._file is not None

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -61,12 +64,47 @@ class Batch:
     images: np.ndarray
 
 
-def decode(decoder: Decoder, sources: Sequence[Source]) -> Batch:
-    """Decodes sources, wherever this process may be."""
-    decoded = [decoder(source) for source in sources]
+def decode(decoder: Decoder, sources: Sequence[Source], read_timeout: float | None = None) -> Batch:
+    """Decodes sources, wherever this process may be.
+
+    Args:
+        decoder: How.
+        sources: What.
+        read_timeout: Seconds that each may take; None for any time. It only holds in a process's main thread, and where
+            there are signals.
+    """
+    decoded = [
+        decoder(source) if read_timeout is None else _in_time(decoder, source, read_timeout) for source in sources
+    ]
     pixels = [d.pixels for d in decoded if d.pixels is not None]
     images = np.stack(pixels) if pixels else np.empty((0, decoder.channels, *decoder.framing.size), np.uint8)
     return Batch(sources, [dataclasses.replace(d, pixels=None) for d in decoded], images)
+
+
+class _Late(BaseException):
+    """Reading takes too long; not an `Exception`, which decoders may catch for themselves."""
+
+
+def _in_time(decoder: Decoder, source: Source, seconds: float | None) -> Decoded:
+    """Decodes one source, or says that it took too long: a pipe that nobody writes to, a server that went silent."""
+    can_ring = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    if seconds is None or not can_ring:
+        return decoder(source)
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            return decoder(source)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _Late:
+        return Decoded(error=f"reading took longer than {seconds:g} s (--read-timeout)")
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)
