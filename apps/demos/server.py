@@ -65,7 +65,7 @@ def launch(serving: Serving, settings: Settings, name: str | None = None) -> tup
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="attnsuite-demo-"))
     blocks = build(Host(settings), name)
     blocks.queue(max_size=serving.queue, api_open=False, default_concurrency_limit=settings.workers)
-    theme: Any = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = _theme()
     try:
         _, address, _ = blocks.launch(
             server_name=serving.host,
@@ -87,3 +87,11 @@ def launch(serving: Serving, settings: Settings, name: str | None = None) -> tup
     except OSError as error:
         raise UsageError(f"{serving.host}:{serving.port or 7860} cannot be listened at: {error}") from error
     return blocks, address
+
+
+def _theme() -> Any:
+    """Gradio's own look in fonts that every machine has, where its greys and orange are too pale to read, darker."""
+    theme: Any = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    primary = {f"button_primary_background_fill{dark}": "*primary_700" for dark in ("", "_dark")}
+    hovered = {f"button_primary_background_fill_hover{dark}": "*primary_800" for dark in ("", "_dark")}
+    return theme.set(body_text_color_subdued="*neutral_600", **primary, **hovered)
