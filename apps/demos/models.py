@@ -159,14 +159,15 @@ def page(host: Host, blocks: gr.Blocks) -> None:
     """
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
+            hint = "part of a name, or biformer_*"
             pattern = gr.Textbox(
-                label="Search", placeholder="part of a name, or biformer_*", max_length=80, elem_id="models-pattern"
+                host.settings.model or "", label="Search", placeholder=hint, max_length=80, elem_id="models-pattern"
             )
             family = gr.Dropdown(
                 [("All families", ""), *FAMILIES], value="", label="Family", elem_id="models-family", filterable=False
             )
             run = gr.Button("Search", variant="primary", elem_id="models-run")
-            status = gr.Markdown("Reading the list…", elem_id="models-status")
+            status = gr.HTML(_told("Reading the list…"), elem_id="models-status")
             examples = gr.Examples([["litv2", ""], ["*_tiny*", ""], ["", "tap"]], [pattern, family], label="Examples")
             with gr.Row():
                 rows_file = gr.DownloadButton("Rows (CSV)", elem_id="models-csv", size="sm", min_width=100)
@@ -174,6 +175,25 @@ def page(host: Host, blocks: gr.Blocks) -> None:
         with gr.Column(scale=3, min_width=320):
             plot = gr.HTML(elem_id="models-plot", css_template=_CSS)
             gr.Markdown(_NOTE)
+    table, name = _table_and_lines()
+    outputs = [status, table, plot, name, rows_file, plot_file]
+    settings = {"pattern": pattern, "family": family}
+    listed: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "models-list"}
+    for trigger in (run.click, pattern.submit, family.input, examples.load_input_event.then):
+        write(trigger(_show, [pattern, family], outputs, **listed), settings)
+    restore(blocks, settings)
+
+    def opened(request: gr.Request, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+        """The list as the address asks for it; `restore` sets the controls to the same."""
+        given = request.query_params
+        return _show(given.get("pattern", host.settings.model or "")[:80], given.get("family", ""), progress)
+
+    blocks.load(opened, None, outputs, **listed)
+    gr.api(_models, api_name="models", concurrency_id="models-list")
+
+
+def _table_and_lines() -> tuple[gr.Dataframe, gr.Dropdown]:
+    """Draws the table, and below it the model that is chosen in it, or from a list by keyboard, and how to load it."""
     table = gr.Dataframe(
         headers=_HEADERS,
         datatype=["str", "str", "number", "number", "number", "str"],
@@ -191,17 +211,10 @@ def page(host: Host, blocks: gr.Blocks) -> None:
             options: dict[str, Any] = {"lines": 1, "wrap_lines": True, "interactive": False}
             python = gr.Code(label="Load it in Python", language="python", elem_id="models-python", **options)
             shell = gr.Code(label="Run it from a shell", language="shell", elem_id="models-shell", **options)
-    outputs = [status, table, plot, name, rows_file, plot_file]
-    inputs, settings = [pattern, family], {"pattern": pattern, "family": family}
-    for trigger in (run.click, pattern.submit, family.input, examples.load_input_event.then):
-        event = trigger(_show, inputs, outputs, api_visibility="private", concurrency_id="models-list")
-        write(event, settings)
     quiet: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
     table.select(_picked, None, name, **quiet)
     name.change(_explain, name, [facts, python, shell], **quiet)
-    restore(blocks, settings)
-    blocks.load(_opened, None, outputs, api_visibility="private", concurrency_id="models-list")
-    gr.api(_models, api_name="models", concurrency_id="models-list")
+    return table, name
 
 
 def _show(pattern: str, family: str, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008 - Gradio's way
@@ -210,13 +223,13 @@ def _show(pattern: str, family: str, progress: gr.Progress = gr.Progress()) -> t
         try:
             facts = found(pattern, family)
         except UsageError as error:
-            return _sentence(html.escape(str(error))), [], "", gr.Dropdown([], value=None), None, None
+            return _told(str(error)), [], "", gr.Dropdown([], value=None), None, None
         drawn = points(facts)
         plot, file = drawings(drawn)
         rows = [[one.name, one.family, one.params, one.gmacs, one.top1, _weights_of(one)] for one in facts]
         names = [one.name for one in facts]
         return (
-            f"{len(facts)} models, {len(drawn)} with a published accuracy",
+            _told(f"{len(facts)} model{'s' * (len(facts) > 1)}, {len(drawn)} with a published accuracy"),
             rows,
             plot,
             gr.Dropdown(names, value=names[0]),
@@ -225,14 +238,8 @@ def _show(pattern: str, family: str, progress: gr.Progress = gr.Progress()) -> t
         )
 
 
-def _opened(request: gr.Request, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
-    """The list as the address asks for it; `restore` sets the controls to the same."""
-    given = request.query_params
-    return _show(given.get("pattern", "")[:80], given.get("family", ""), progress)
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _told(text: str) -> str:
+    return f'<p role="status">{html.escape(text[:1].upper() + text[1:])}</p>'
 
 
 def _picked(event: gr.SelectData) -> Any:

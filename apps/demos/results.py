@@ -239,12 +239,11 @@ def page(host: Host, blocks: gr.Blocks) -> None:
             gr.Markdown(_NOTE)
         with gr.Column(scale=3, min_width=320):
             plot = gr.HTML(elem_id="results-plot", css_template=_CSS)
-    inputs, outputs = [method, verdict, search], [status, plot, rows_file, plot_file]
     settings = {"method": method, "verdict": verdict, "search": search}
+    outputs = [status, plot, rows_file, plot_file]
     quiet: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-    triggers = (run.click, search.submit, method.input, verdict.input, examples.load_input_event.then)
-    for trigger in triggers:
-        write(trigger(_show, inputs, outputs, **quiet), settings)
+    for trigger in (run.click, search.submit, method.input, verdict.input, examples.load_input_event.then):
+        write(trigger(_show, [*settings.values()], outputs, **quiet), settings)
     restore(blocks, settings)
     blocks.load(_opened, None, outputs, **quiet)
     gr.api(_results, api_name="results", queue=False)

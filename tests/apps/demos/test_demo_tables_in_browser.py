@@ -51,6 +51,9 @@ def test_models_that_are_not_there_are_said_in_words(serve: Any, visit: Any):
     page.locator("#models-pattern textarea, #models-pattern input").first.fill("<img src=x onerror=alert(1)>")
     page.keyboard.press("Enter")
     expect(page.locator("#models-status")).to_contain_text("No model of the suite is called like '<img src=x")
+    page.locator("#models-pattern textarea, #models-pattern input").first.fill("![seen](http://example.com/seen.png)")
+    page.locator("#models-run").click()
+    expect(page.locator("#models-status")).to_contain_text("like '![seen](http://example.com/seen.png)'")
     assert page.locator("#models-plot svg:visible").count() == 0
     assert page.errors == [] and page.outside == []
 
@@ -62,6 +65,13 @@ def test_a_link_opens_the_models_that_it_names(serve: Any, visit: Any):
     expect(page.locator("#models-family input")).to_have_value("tap")
     expect(page.locator("#models-plot svg.narrow")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.errors == [] and page.outside == []
+
+
+def test_models_begin_with_the_one_that_the_server_was_started_with(serve: Any, visit: Any):
+    page = visit(serve("models", model="biformer_tiny"))
+    expect(page.locator("#models-status")).to_have_text("1 model, 1 with a published accuracy")
+    expect(page.locator("#models-python")).to_contain_text('timm.create_model("biformer_tiny", pretrained=True)')
     assert page.errors == [] and page.outside == []
 
 
