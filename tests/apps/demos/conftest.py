@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ FLAGS = [
 TIMEOUT_MS = 90_000
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Serves a page, or all, and gives its address: `serve("see", serving=Serving(…), max_models=1)`."""
@@ -35,7 +44,10 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     running = []
 
     def start(name: str | None = None, serving: Serving | None = None, **settings: Any) -> str:
-        blocks, address = launch(serving or Serving(), Settings(**{"device": "cpu", **settings}), name)
+        serving = serving or Serving()
+        # Gradio leaves a socket open for each port that it finds taken, which pytest counts as an error
+        serving = replace(serving, port=serving.port or free_port())
+        blocks, address = launch(serving, Settings(**{"device": "cpu", **settings}), name)
         running.append(blocks)
         return address
 
