@@ -205,11 +205,12 @@ class Decoder:
         try:
             with _open(source) as file:
                 image = read_image(file)
-            return self._prepare(image)
+            return self.prepare(image)
         except Exception as error:
             return Decoded(error=_explain(error, source))
 
-    def _prepare(self, image: Image.Image) -> Decoded:
+    def prepare(self, image: Image.Image) -> Decoded:
+        """What becomes of a picture that is open already, RGB and upright."""
         width, height = image.size
         if not self.keep_strips:
             image = _cut_strip(image)

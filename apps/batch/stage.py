@@ -196,7 +196,7 @@ class Stage(ABC):
         rows = [self._blank(source, decoded) for source, decoded in zip(batch.sources, batch.decoded, strict=True)]
         places = [index for index, decoded in enumerate(batch.decoded) if decoded.error is None]
         if places:
-            results = self.run(self._normalise(batch.images), batch, places)
+            results = self.run(self.normalise(batch.images), batch, places)
             for index, result in zip(places, results, strict=True):
                 rows[index].update(result)
                 if result.get("error"):
@@ -221,6 +221,11 @@ class Stage(ABC):
         half = torch.float16 if kind == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
         return torch.autocast(kind, dtype=half)
 
+    def normalise(self, images: np.ndarray) -> torch.Tensor:
+        """Pixels, `(n, C, H, W)`, uint8, as the network takes them, on its device."""
+        on_device = torch.from_numpy(images).to(self.compute.device, non_blocking=True)
+        return on_device.float().sub_(self._mean).div_(self._std)
+
     def _blank(self, source: Source, decoded: Decoded) -> Row:
         row: Row = {
             "path": encode_path(source.name),
@@ -231,10 +236,6 @@ class Stage(ABC):
             "height": decoded.height,
         }
         return row | {column.name: None for column in self.columns}
-
-    def _normalise(self, images: np.ndarray) -> torch.Tensor:
-        on_device = torch.from_numpy(images).to(self.compute.device, non_blocking=True)
-        return on_device.float().sub_(self._mean).div_(self._std)
 
 
 def _decoder(network: Network, view_size: int) -> Decoder:

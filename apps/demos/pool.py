@@ -42,7 +42,7 @@ class Pool:
             return [*self._idle, *self._lent]
 
     @contextmanager
-    def use(self, key: Hashable, load: Callable[[], T], waiting: Callable[[], None] = lambda: None) -> Iterator[T]:
+    def use(self, key: Hashable, load: Callable[[], T], waiting: Callable[[], object] = lambda: None) -> Iterator[T]:
         """Lends a model, which is loaded if it is not there, and takes it back.
 
         Args:
@@ -65,7 +65,7 @@ class Pool:
                     self._idle[key] = model
                 self._changed.notify_all()
 
-    def _borrow(self, key: Hashable, waiting: Callable[[], None]) -> Any:
+    def _borrow(self, key: Hashable, waiting: Callable[[], object]) -> Any:
         """The model if it is there, else None and room for it."""
         told = False
         with self._changed:

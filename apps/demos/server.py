@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from .host import Host, Settings
 
 __all__ = ["Serving", "launch"]
 
+_FIRST_PORT = 7860
 _CSS = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 .cards .card { display: flex; flex-direction: column; gap: .4rem; padding: 1rem; border-radius: .6rem;
@@ -69,7 +71,7 @@ def launch(serving: Serving, settings: Settings, name: str | None = None) -> tup
     try:
         _, address, _ = blocks.launch(
             server_name=serving.host,
-            server_port=serving.port,
+            server_port=serving.port or _free_port(serving.host),
             auth=serving.auth,
             share=serving.share,
             mcp_server=serving.mcp,
@@ -95,3 +97,16 @@ def _theme() -> Any:
     primary = {f"button_primary_background_fill{dark}": "*primary_700" for dark in ("", "_dark")}
     hovered = {f"button_primary_background_fill_hover{dark}": "*primary_800" for dark in ("", "_dark")}
     return theme.set(body_text_color_subdued="*neutral_600", **primary, **hovered)
+
+
+def _free_port(host: str) -> int | None:
+    """The first port from 7860 that nobody listens at; None if all of a hundred are taken, which is then said."""
+    for port in range(_FIRST_PORT, _FIRST_PORT + 100):
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind((host, port))
+            except OSError:
+                continue
+            return port
+    return None
