@@ -154,7 +154,7 @@ def test_mistakes_are_said_in_words(client, broken):
         with pytest.raises(AppError, match=f"(?i){words}"):
             see.predict(**{**DEFAULTS, **change})
     for change, words in (
-        ({"x": 101}, "per cent of the width"),
+        ({"x": 101}, "greater than maximum"),
         ({"x": 1}, "only the middle of the picture"),
         ({"layer": "stages.9"}, "layers of attention"),
         ({"model": "tf_efficientnet_lite0"}, "no attention that can be recorded"),

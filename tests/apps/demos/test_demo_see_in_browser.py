@@ -83,6 +83,6 @@ def test_mistakes_are_said_on_the_page(serve: Any, visit: Any, huge: Path):
     model.press("Enter")
     page.locator("#see-samples button").nth(2).click()
     run.click()
-    expect(page.get_by_text("expected the name of a registered model").first).to_be_visible()
+    expect(page.get_by_text("no model is called").first).to_be_visible()
     assert page.locator("img[src=x]").count() == 0
     assert page.errors == [] and page.outside == []
