@@ -82,12 +82,10 @@ def _drawing(path: str, reading: Asking, overwrite: bool) -> Any:
 
 
 def _dtype(machine: opt.Machine) -> str:
-    """Of the weights: exact on a CPU; on a GPU, where memory is short, as their files have them."""
-    from ..batch.stage import pick_device
+    """Of the weights."""
+    from .models import dtype_on
 
-    if machine.amp:
-        return "bfloat16"
-    return "float32" if pick_device(machine.device).type == "cpu" else "auto"
+    return "bfloat16" if machine.amp else dtype_on(machine.device)
 
 
 def ask(

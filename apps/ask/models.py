@@ -19,11 +19,12 @@ import torch
 import weights
 from multimodal.layout import family_of
 
+from ..batch.stage import pick_device
 from ..errors import UsageError
 from ..folders import PICKLES, READ, has_weights
 from ..models import Network, digest, require_hub
 
-__all__ = ["SHIPPED", "VLM", "ResolvedVLM", "VLMChoice", "card_of"]
+__all__ = ["SHIPPED", "VLM", "ResolvedVLM", "VLMChoice", "card_of", "dtype_on"]
 
 SHIPPED = {mask: f"scene_vlm/{mask}" for mask in ("causal", "mma")}
 """The models that ship, by the attention that they were trained under."""
@@ -127,6 +128,15 @@ class ResolvedVLM:
             raise UsageError(f"--model {self.label} cannot be loaded: {lines[0]}") from error
         card = card_of(self.folder, self.label) if self.shipped else ""
         return VLM(model, self.label, (), _INPUT, processor=processor, plain=plain, card=card)
+
+
+def dtype_on(device: str) -> str:
+    """Of the weights: exact on a CPU; on a GPU, where memory is short, as their files have them.
+
+    Args:
+        device: As `--device` names it.
+    """
+    return "float32" if pick_device(device).type == "cpu" else "auto"
 
 
 def card_of(folder: Path, label: str) -> str:
