@@ -39,6 +39,7 @@ FAMILIES = (
 _SHAPES = {"biformer": "circle", "litv2": "square", "tap": "triangle"}
 # Text of a drawing that shrinks with the page cannot be read on a telephone: there is one for each.
 _CSS = """
+.room { height: 400px; }
 .narrow { display: none; }
 @media (max-width: 640px) { .narrow { display: block; } .wide { display: none; } }
 """
@@ -173,12 +174,12 @@ def page(host: Host, blocks: gr.Blocks) -> None:
                 rows_file = gr.DownloadButton("Rows (CSV)", elem_id="models-csv", size="sm", min_width=100)
                 plot_file = gr.DownloadButton("Plot (SVG)", elem_id="models-svg", size="sm", min_width=100)
         with gr.Column(scale=3, min_width=320):
-            plot = gr.HTML(elem_id="models-plot", css_template=_CSS)
+            plot = gr.HTML('<div class="room"></div>', elem_id="models-plot", css_template=_CSS)
             gr.Markdown(_NOTE)
     table, name = _table_and_lines()
     outputs = [status, table, plot, name, rows_file, plot_file]
     settings = {"pattern": pattern, "family": family}
-    listed: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "models-list"}
+    listed: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "models-list", "show_progress_on": plot}
     for trigger in (run.click, pattern.submit, family.input, examples.load_input_event.then):
         write(trigger(_show, [pattern, family], outputs, **listed), settings)
     restore(blocks, settings)
@@ -209,8 +210,8 @@ def _table_and_lines() -> tuple[gr.Dataframe, gr.Dropdown]:
             facts = gr.Markdown(elem_id="models-facts")
         with gr.Column(scale=2, min_width=320):
             options: dict[str, Any] = {"lines": 1, "wrap_lines": True, "interactive": False}
-            python = gr.Code(label="Load it in Python", language="python", elem_id="models-python", **options)
-            shell = gr.Code(label="Run it from a shell", language="shell", elem_id="models-shell", **options)
+            python = gr.Code("…", label="Load it in Python", language="python", elem_id="models-python", **options)
+            shell = gr.Code("…", label="Run it from a shell", language="shell", elem_id="models-shell", **options)
     quiet: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
     table.select(_picked, None, name, **quiet)
     name.change(_explain, name, [facts, python, shell], **quiet)
@@ -218,7 +219,7 @@ def _table_and_lines() -> tuple[gr.Dataframe, gr.Dropdown]:
 
 
 def _show(pattern: str, family: str, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008 - Gradio's way
-    progress(None, desc="Reading the list of models")
+    progress(0, desc="Reading the list of models")
     with said():
         try:
             facts = found(pattern, family)
