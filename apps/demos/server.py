@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import socket
-import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from ..errors import UsageError
+from .gate import Gate, check_files
 from .home import build
-from .host import Host, Settings
+from .host import Host, Settings, said
+from .ports import listenable
+from .turns import bound
 
 __all__ = ["Serving", "launch"]
 
-_FIRST_PORT = 7860
+_ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    # Gradio keeps the times of so many requests, and at every so many goes through all of them; nobody looks at that
+    "GRADIO_ANALYTICS_MAX_EVENTS": "100",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",
+}
+_FIXED: dict[str, Any] = {
+    "prevent_thread_lock": True,
+    "inbrowser": False,
+    "show_error": True,
+    "quiet": True,
+    "ssr_mode": False,
+    "num_workers": 0,
+    "run_history": False,
+    "enable_monitoring": False,
+    "footer_links": ["api", "settings"],
+}
+_SESSIONS = 100  # of which Gradio remembers what they last saw: some megabytes each
 _CSS = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 .cards .card { display: flex; flex-direction: column; gap: .4rem; padding: 1rem; border-radius: .6rem;
@@ -37,7 +59,8 @@ class Serving:
         share: Whether a public address is made by Gradio's tunnel.
         mcp: Whether agents may call the pages as tools.
         queue: How many requests may wait; more are refused politely.
-        per_client: How many requests one client may have waiting or running.
+        per_client: How many requests one client may have waiting or running; see `turns.bound`.
+        per_address: How many requests from one address may be waiting or running.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +70,7 @@ class Serving:
     mcp: bool = False
     queue: int = 32
     per_client: int = 4
+    per_address: int = 16
 
 
 def launch(serving: Serving, settings: Settings, name: str | None = None) -> tuple[gr.Blocks, str]:
@@ -61,34 +85,93 @@ def launch(serving: Serving, settings: Settings, name: str | None = None) -> tup
         The app and its address.
 
     Raises:
-        UsageError: The port is taken, or the page does not exist.
+        UsageError: This machine cannot listen there, there is no such page, or no public address is to be had.
     """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="attnsuite-demo-"))
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    _reach_oneself()
+    host, port = listenable(serving.host, serving.port)
     blocks = build(Host(settings), name)
     blocks.queue(max_size=serving.queue, api_open=False, default_concurrency_limit=settings.workers)
-    theme = _theme()
+    bound(blocks._queue, serving.per_client, serving.per_address)
+    folder = get_upload_folder()
+    _check_inputs(blocks, folder)
+    pages = tuple(f"/{path}" for path, *_ in blocks.pages)
+    gate = Middleware(cast(Any, Gate), folder, settings.max_megabytes, serving.auth, pages)
     try:
-        _, address, _ = blocks.launch(
-            server_name=serving.host,
-            server_port=serving.port or _free_port(serving.host),
-            auth=serving.auth,
-            share=serving.share,
-            mcp_server=serving.mcp,
-            max_file_size=f"{settings.max_megabytes}mb",
-            prevent_thread_lock=True,
-            inbrowser=False,
-            show_error=True,
-            quiet=True,
-            ssr_mode=False,
-            run_history=False,
-            footer_links=["api", "settings"],
-            theme=theme,
-            css=_CSS,
-        )
+        # Gradio's own lines about sharing and agents; the verb prints one that says it all
+        with contextlib.redirect_stdout(io.StringIO()):
+            _, address, _ = blocks.launch(
+                server_name=host,
+                server_port=port,
+                auth=serving.auth,
+                share=serving.share,
+                mcp_server=serving.mcp,
+                max_file_size=f"{settings.max_megabytes}mb",
+                app_kwargs={"middleware": [gate]},
+                state_session_capacity=_SESSIONS,
+                theme=_theme(),
+                css=_CSS,
+                **_FIXED,
+            )
     except OSError as error:
-        raise UsageError(f"{serving.host}:{serving.port or 7860} cannot be listened at: {error}") from error
+        raise UsageError(f"{serving.host}:{port} cannot be listened at: {error}") from error
+    if serving.share and not blocks.share_url:
+        blocks.close(verbose=False)
+        raise UsageError("--share: Gradio gave no public address; is this machine connected to the internet?")
+    if serving.mcp:
+        _let_agents_in(blocks, serving, address)
     return blocks, address
+
+
+def _reach_oneself() -> None:
+    """Gradio asks its own server whether it runs; a proxy for the world outside must not be asked that."""
+    for variable in ("NO_PROXY", "no_proxy"):
+        given = [part for part in os.environ.get(variable, "").split(",") if part]
+        os.environ[variable] = ",".join(dict.fromkeys([*given, "127.0.0.1", "localhost", "::1"]))
+
+
+def _check_inputs(blocks: gr.Blocks, folder: str) -> None:
+    """Before a handler gets its inputs, by whichever route: Gradio would fetch addresses, and tell of its insides."""
+    preprocess = blocks.preprocess_data
+
+    async def checked(block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        with said():
+            check_files(inputs, folder)
+            try:
+                return await preprocess(block_fn, inputs, *args, **kwargs)
+            except gr.Error:
+                raise
+            except Exception as error:
+                raise UsageError(f"these inputs are not what this takes ({str(error).strip()[:200]})") from error
+
+    setattr(blocks, "preprocess_data", checked)  # noqa: B010 - of these
+
+
+def _let_agents_in(blocks: gr.Blocks, serving: Serving, address: str) -> None:
+    """Gradio calls tools through a client of its own, which does not log in and would send files of this machine."""
+    from gradio_client import Client
+
+    server: Any = blocks.mcp_server_obj
+    if server is None:
+        raise UsageError("--mcp: the package for it is missing: pip install 'gradio[mcp]'")
+    read = server.convert_strings_to_filedata
+
+    def converted(value: Any, positions: Any) -> Any:
+        check_files(value, get_upload_folder())
+        return read(value, positions)
+
+    server.convert_strings_to_filedata = converted
+    if serving.auth is not None:
+        server._client_instance = Client(
+            address,
+            auth=serving.auth,
+            headers={"x-gradio-user": "mcp"},
+            download_files=False,
+            verbose=False,
+            analytics_enabled=False,
+            _skip_components=False,
+        )
 
 
 def _theme() -> Any:
@@ -97,16 +180,3 @@ def _theme() -> Any:
     primary = {f"button_primary_background_fill{dark}": "*primary_700" for dark in ("", "_dark")}
     hovered = {f"button_primary_background_fill_hover{dark}": "*primary_800" for dark in ("", "_dark")}
     return theme.set(body_text_color_subdued="*neutral_600", **primary, **hovered)
-
-
-def _free_port(host: str) -> int | None:
-    """The first port from 7860 that nobody listens at; None if all of a hundred are taken, which is then said."""
-    for port in range(_FIRST_PORT, _FIRST_PORT + 100):
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind((host, port))
-            except OSError:
-                continue
-            return port
-    return None

@@ -118,6 +118,8 @@ def read_upload(path: str | None, settings: Settings) -> Image.Image:
     """
     if path is None:
         raise Unreadable("there is no picture yet: upload one, or choose an example")
+    if not os.path.isfile(path):
+        raise Unreadable("the picture is no longer here, as files are removed after a while: upload it again")
     if os.path.getsize(path) > settings.max_megabytes * 1e6:
         raise Unreadable(f"the file has more than {settings.max_megabytes} MB: save a smaller copy of it")
     try:
