@@ -34,6 +34,7 @@ import attnsuite  # noqa: E402, F401 - registers the models
 import weights  # noqa: E402
 from diffusion import AStarPipelineOutput, AStarStableDiffusionPipeline, attention_grid  # noqa: E402
 from multimodal import compress_visual_tokens, inhibit_cross_modality, modality_mutual_attention, mutual_mask  # noqa: E402
+from multimodal.draw import draw_merged  # noqa: E402
 from multimodal.explain import attended as read_of  # noqa: E402
 from recipes.scene_questions import Example, held_out  # noqa: E402
 from recipes.scene_vlm_card import prompts  # noqa: E402
@@ -370,24 +371,11 @@ def vmtc() -> None:
             last = handle.settings.last
             assert last is not None
             reply = processor.decode(written, skip_special_tokens=True)
-            panels.append((f"{keep}: {reply}", _tokens_over(example.picture, last.pictures[0].target)))
+            into = last.pictures[0].target.view(GRID, GRID).numpy()
+            own = np.arange(into.size).reshape(into.shape)
+            panels.append((f"{keep}: {reply}", np.asarray(draw_merged(_panel(example.picture), own, into))))
         rows.append(panels)
     sheet("vmtc", rows)
-
-
-def _tokens_over(picture: np.ndarray, target: Tensor) -> np.ndarray:
-    """A picture where its tokens were kept; others in the colour of the token that they went into."""
-    side, shown = _PANEL // GRID, np.asarray(_panel(picture)).copy()
-    merged = [int(t) for t in target.unique() if (target == t).sum() > 1]
-    for index, into in enumerate(target.tolist()):
-        if into in merged:
-            top, left = index // GRID * side, index % GRID * side
-            hue = np.uint8([[[25 + 130 * merged.index(into) // max(len(merged), 1), 120, 190]]])
-            colour = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0]
-            patch = shown[top : top + side, left : left + side]
-            patch[:] = (0.25 * patch + 0.75 * colour).astype(np.uint8)
-            patch[-1], patch[:, -1] = 255, 255
-    return shown
 
 
 def cmai() -> None:
