@@ -20,14 +20,14 @@ from vision.scanpath.objects import Objects, RegularGrid
 from vision.scanpath.scenes import Scenes
 
 from ..batch.decode import Decoder, Framing, View
-from ..batch.sources import Source, encode_path
+from ..batch.sources import encode_path
 from ..batch.stage import Batch, Column, Compute, Row, Stage
 from ..errors import UsageError
 from ..models import Network, digest
 from ..pictures import PictureFolder, write_png
 from .command import Search
 
-__all__ = ["ResolvedOAT", "ScanpathStage"]
+__all__ = ["ResolvedOAT", "ScanpathStage", "sampled", "write_table"]
 
 _VIEW_SIZE = 1024
 _COLUMNS = ("scanpath_id", "image", "target", "t", "x", "y")  # as `vision.scanpath.datasets.read_csv` reads them
@@ -144,7 +144,7 @@ class ScanpathStage(Stage):
 
         def write(base: str) -> Row:
             names = {"scanpaths": f"{base}.csv"}
-            self._write_table(names["scanpaths"], source, objects, paths)
+            write_table(names["scanpaths"], encode_path(source.name), self._search.target_name, objects, paths)
             if decoded.view is not None:
                 names |= {"drawing": f"{base}.scanpath.png", "density": f"{base}.density.png"}
                 self._draw(names["drawing"], names["density"], decoded.view, paths)
@@ -154,28 +154,10 @@ class ScanpathStage(Stage):
 
     def _sampled(self, image: torch.Tensor) -> list[np.ndarray]:
         """Objects of each scanpath, `[T]`; the same whatever other pictures there are."""
-        search = self._search
         crops = image.unflatten(1, (-1, self._size[0])).transpose(0, 1)  # [N, 3, H, W]
         objects = self._grid.on((self._grid.columns, self._grid.rows))
-        scenes = Scenes.of_objects([objects], [self._target], [crops]).to(self.compute.device)
-        generator = torch.Generator(self.compute.device).manual_seed(search.seed)
         with self.autocast():
-            decoded = decoding.sample(
-                self._model, scenes, search.samples, temperature=search.temperature,
-                max_refixations=search.max_refixations, generator=generator,
-            )  # fmt: skip
-        return decoded.tolist()[0]
-
-    def _write_table(self, name: str, source: Source, objects: Objects, paths: Sequence[np.ndarray]) -> None:
-        """A row for each fixation, in pixels of the picture."""
-        with open(name, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_COLUMNS)
-            for number, path in enumerate(paths, 1):
-                for time, (x, y) in enumerate(objects.centres[path].tolist()):
-                    writer.writerow(
-                        [number, encode_path(source.name), self._search.target_name, time, round(x, 2), round(y, 2)]
-                    )
+            return sampled(self._model, objects, self._target, crops, self._search, self.compute.device)
 
     def _draw(self, drawing: str, density: str, view: View, paths: Sequence[np.ndarray]) -> None:
         """The first scanpath, and the density of all."""
@@ -189,3 +171,45 @@ class ScanpathStage(Stage):
         )
         write_png(drawing, np.asarray(drawn))
         write_png(density, np.asarray(draw.draw_density(view.picture, points, longer_side=longer)))
+
+
+def sampled(
+    model: OAT, objects: Objects, target: int, crops: torch.Tensor, search: Search, device: torch.device
+) -> list[np.ndarray]:
+    """Draws scanpaths over the objects of one picture.
+
+    Args:
+        model: Of scanpaths.
+        objects: With cells.
+        target: Which of them is searched for.
+        crops: What they look like, `[N, 3, H, W]`.
+        search: How often, how freely, and the seed.
+        device: Where the model is.
+
+    Returns:
+        Objects of each scanpath, `[T]`.
+    """
+    scenes = Scenes.of_objects([objects], [target], [crops]).to(device)
+    decoded = decoding.sample(
+        model, scenes, search.samples, temperature=search.temperature, max_refixations=search.max_refixations,
+        generator=torch.Generator(device).manual_seed(search.seed),
+    )  # fmt: skip
+    return decoded.tolist()[0]
+
+
+def write_table(name: str, image: str, target: str, objects: Objects, paths: Sequence[np.ndarray]) -> None:
+    """Writes scanpaths as `vision.scanpath.datasets.read_csv` reads them, a row for each fixation, in pixels.
+
+    Args:
+        name: Of the file.
+        image: Of the picture.
+        target: Of what is searched for.
+        objects: Of the picture.
+        paths: Objects of each scanpath, `[T]`.
+    """
+    with open(name, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for number, path in enumerate(paths, 1):
+            for time, (x, y) in enumerate(objects.centres[path].tolist()):
+                writer.writerow([number, image, target, time, round(x, 2), round(y, 2)])
