@@ -5,19 +5,16 @@ from __future__ import annotations
 import re
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import cv2
 import gradio as gr
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vision.attention import attention_layers
 from vision.biformer import BiFormer
@@ -31,6 +28,7 @@ from ..embed import Embed
 from ..errors import UsageError
 from ..explain import blend, class_index
 from ..models import ModelChoice, resolve
+from .alive import Alive
 from .host import Host, fetching
 
 __all__ = ["Costs", "Looked", "attend", "borrowed", "check", "connected", "layers_of", "look", "marked", "overlay"]
@@ -270,7 +268,7 @@ def _kept(heat: torch.Tensor) -> np.ndarray:
 def _costs(stage: Stage, images: torch.Tensor) -> Costs:
     """Measured while this model works alone; other models of the server may be busy beside it."""
     tensors = [*stage.module.parameters(), *stage.module.buffers()]
-    with _Alive() as alive:
+    with Alive() as alive:
         stage.forward(images)
     times = []
     for _ in range(_TIMED):
@@ -283,37 +281,3 @@ def _costs(stage: Stage, images: torch.Tensor) -> Costs:
         round(alive.most / 1e6, 2),
         round(sum(p.numel() for p in stage.module.parameters()) / 1e6, 2),
     )
-
-
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of all results of operators that are alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {self._key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                key = self._key(tensor)
-                if key not in self._known and key not in given:
-                    self._begin(key, tensor.untyped_storage())
-        return out
-
-    def _begin(self, key: int, storage: Any) -> None:
-        size = cast(int, storage.nbytes())
-        self._known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._end, key, size)
-
-    def _end(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-    @staticmethod
-    def _key(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage()._cdata

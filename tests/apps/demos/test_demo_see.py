@@ -18,6 +18,7 @@ from support import SAMPLES
 from timm.models import save_for_hf
 
 from apps.demos import seeing
+from apps.demos.alive import Alive
 from apps.demos.host import Host, Settings, said
 from apps.demos.uploads import read_upload
 from apps.errors import UsageError
@@ -74,7 +75,7 @@ def test_maps_are_those_of_the_library():
 def test_activations_are_counted_while_they_live():
     def count(module: torch.nn.Module) -> int:
         images = torch.ones(1000)
-        with torch.inference_mode(), seeing._Alive() as alive:
+        with torch.inference_mode(), Alive() as alive:
             module(images)
         return alive.most
 
