@@ -209,9 +209,10 @@ def _table_and_lines() -> tuple[gr.Dataframe, gr.Dropdown]:
             name = gr.Dropdown([], label="Model", elem_id="models-name")
             facts = gr.Markdown(elem_id="models-facts")
         with gr.Column(scale=2, min_width=320):
-            options: dict[str, Any] = {"lines": 1, "wrap_lines": True, "interactive": False}
-            python = gr.Code("…", label="Load it in Python", language="python", elem_id="models-python", **options)
-            shell = gr.Code("…", label="Run it from a shell", language="shell", elem_id="models-shell", **options)
+            # one colour: those of Gradio's highlighting are too pale on white
+            options: dict[str, Any] = {"language": None, "lines": 1, "wrap_lines": True, "interactive": False}
+            python = gr.Code("…", label="Load it in Python", elem_id="models-python", **options)
+            shell = gr.Code("…", label="Run it from a shell", elem_id="models-shell", **options)
     quiet: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
     table.select(_picked, None, name, **quiet)
     name.change(_explain, name, [facts, python, shell], **quiet)

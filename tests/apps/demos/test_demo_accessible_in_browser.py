@@ -77,6 +77,8 @@ def settled(page: Any, name: str) -> None:
     page.locator(f"#{name}-run").wait_for()
     if name in ("models", "results"):
         page.locator(f"#{name}-plot svg:visible").first.wait_for()
+    if name == "models":
+        page.locator("#models-python").get_by_text("create_model").wait_for()
 
 
 @pytest.mark.parametrize("name", NAMES)
