@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .models import Pipeline
 
-__all__ = ["COLUMNS", "Picture", "draw", "row_of", "side_by_side"]
+__all__ = ["COLUMNS", "Picture", "called", "draw", "row_of", "side_by_side"]
 
 COLUMNS = (
     *COMMON_COLUMNS,
@@ -68,7 +68,7 @@ class Picture:
 
 def draw(pipe: Pipeline, picture: Picture, step: Callable[[], None]) -> Row:
     """Draws and writes one picture."""
-    result = _called(pipe, picture, step)
+    result = called(pipe, picture.record.settings, picture.watched, step)
     values = np.asarray(result.images)
     flagged = (result.nsfw_content_detected or [False])[0]
     if flagged or not np.isfinite(values).all():
@@ -87,8 +87,21 @@ def draw(pipe: Pipeline, picture: Picture, step: Callable[[], None]) -> Row:
     return row_of(picture, record)
 
 
-def _called(pipe: Pipeline, picture: Picture, step: Callable[[], None]) -> AStarPipelineOutput:
-    settings, watched = picture.record.settings, picture.watched
+def called(pipe: Pipeline, settings: Settings, watched: Settings, step: Callable[[], None]) -> AStarPipelineOutput:
+    """Runs a pipeline.
+
+    Args:
+        pipe: The pipeline.
+        settings: Of the picture.
+        watched: Whose subjects and losses are looked at; those of `settings`, or of the guided picture beside it.
+        step: Called after each step; what it raises ends the run.
+
+    Returns:
+        With pictures as arrays, and with maps and losses where there are subjects.
+
+    Raises:
+        UsageError: The pipeline does not take these settings.
+    """
     attention: dict[str, Any] = {}
     if watched.guided:
         attention = {
