@@ -15,7 +15,7 @@ from typing import Any
 from .errors import UsageError
 from .models import DEFAULT_MODEL
 
-__all__ = ["ModelFacts", "catalog", "measure", "own_names"]
+__all__ = ["ModelFacts", "catalog", "measure", "own_names", "published"]
 
 # Measuring means building, about half a second a model: too long for all of timm at once.
 _MEASURED_AT_MOST = 60
@@ -109,7 +109,7 @@ def _facts(name: str, measured: bool) -> ModelFacts:
     entry = next((e for e in weights.entries() if e.default and e.architecture == name), None)
     if entry is None:
         module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
-        return ModelFacts(name, module, params, gmacs, None, *_published(name))
+        return ModelFacts(name, module, params, gmacs, None, *published(name))
     source = entry.url if entry.source == "url" else f"package {entry.distribution}"
     here = weights.path_of(entry.name) is not None
     return ModelFacts(name, entry.family, params, gmacs, entry.top1, source, here)
@@ -126,8 +126,12 @@ def _shipped(name: str, folder: Path) -> ModelFacts:
     return ModelFacts(name, family, *measure(architecture, size, **arguments), None, "ships with attnsuite", True)
 
 
-def _published(architecture: str) -> tuple[str | None, bool]:
-    """Where timm's default weights of an architecture come from, and whether they are in the hub's cache."""
+def published(architecture: str) -> tuple[str | None, bool]:
+    """Where timm's weights of an architecture come from, and whether they are in the hub's cache.
+
+    Args:
+        architecture: With a tag, or without for its default weights.
+    """
     from huggingface_hub import try_to_load_from_cache
     from timm.models import get_pretrained_cfg
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MODEL",
+    "NO_WEIGHTS",
     "ModelChoice",
     "Network",
     "ResolvedModel",
@@ -44,7 +45,7 @@ DEFAULT_MODEL = "tf_efficientnet_lite0"
 DEFAULT_SEGMENTER = "psa_hrnet_w48_ocr"
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_NO_WEIGHTS = "give a file of your own with --checkpoint FILE, or take --random-weights to try the machinery only"
+NO_WEIGHTS = "give a file of your own with --checkpoint FILE, or take --random-weights to try the machinery only"
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def _published(choice: ModelChoice, architecture: str, tag: str) -> ResolvedMode
             return ResolvedModel(choice, "manifest", entry.name, entry.name, entry)
     config = get_pretrained_cfg(wanted)
     if config is None or not config.has_weights:
-        raise UsageError(f"no weights are published for {wanted}: {_NO_WEIGHTS}")
+        raise UsageError(f"no weights are published for {wanted}: {NO_WEIGHTS}")
     label = f"{architecture}.{config.tag}" if config.tag else architecture
     return ResolvedModel(choice, "timm", label, label)
 
@@ -401,7 +402,7 @@ def _load_timm(resolved: ResolvedModel) -> nn.Module:
     try:
         return timm.create_model(resolved.choice.name, pretrained=True, pretrained_cfg_overlay=overlay or None)
     except (RuntimeError, OSError, KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{resolved.label} cannot be loaded: {_mismatch(error)}; {_NO_WEIGHTS}") from error
+        raise UsageError(f"{resolved.label} cannot be loaded: {_mismatch(error)}; {NO_WEIGHTS}") from error
 
 
 def cached(repository: str, files: Sequence[str]) -> str | None:
@@ -413,7 +414,7 @@ def cached(repository: str, files: Sequence[str]) -> str | None:
     return next((path for path in found if isinstance(path, str)), None)
 
 
-def require_hub(repository: str, label: str, remedy: str = _NO_WEIGHTS) -> ModelInfo:
+def require_hub(repository: str, label: str, remedy: str = NO_WEIGHTS) -> ModelInfo:
     """Asks once, with a short wait, whether the hub has a repository; the hub client would retry for a minute.
 
     Args:

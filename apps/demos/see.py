@@ -100,7 +100,9 @@ def _controls(host: Host) -> dict[str, Any]:
         method = gr.Radio(_METHODS, value="auto", label="How the map is made", elem_id="see-method")
         target = gr.Textbox(label="Class to explain", placeholder="the likeliest", max_length=200, elem_id="see-target")
         untrained = gr.Checkbox(
-            label="Untrained weights: the machinery alone, what it says means nothing", elem_id="see-untrained"
+            label="Untrained weights",
+            elem_id="see-untrained",
+            info="Where a model's own are not here: its machinery alone, what it says means nothing",
         )
     opacity = gr.Slider(0, 1, value=0.6, step=0.05, label="Opacity of the map", elem_id="see-opacity")
     return {
@@ -136,7 +138,7 @@ def _looker(host: Host) -> Any:
             other: A second one to compare with, or "".
             method: How the map is made: "auto", "attention", "activation" or "rollout".
             target: Class to explain, by name or index; "" for the likeliest.
-            untrained: Take random weights.
+            untrained: Take random weights where a model's own are not on the server.
             opacity: Of the map over the picture, from 0 to 1.
         """
         with said():
@@ -260,7 +262,7 @@ def _attender(host: Host) -> Any:
             y: The place from above, in per cent of the height.
             layer: Name or index of the layer; "" for the last.
             connectivity: Which places are attended to at all, instead of how much.
-            untrained: Take random weights.
+            untrained: Take random weights where a model's own are not on the server.
             opacity: Of the map over the picture, from 0 to 1.
         """
         with said():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import weights
 from vision.attention import attention_layers
 from vision.biformer import BiFormer
 from vision.explain import Method, attended, heatmap
@@ -23,11 +24,12 @@ from vision.sparsifiner import Sparsifiner
 
 from ..batch.decode import View
 from ..batch.stage import Compute, Stage, pick_device
+from ..catalog import published
 from ..classify import Classify
 from ..embed import Embed
 from ..errors import UsageError
 from ..explain import blend, class_index
-from ..models import ModelChoice, resolve
+from ..models import DEFAULT_MODEL, NO_WEIGHTS, ModelChoice, ResolvedModel, resolve
 from .alive import Alive
 from .host import Host, fetching
 
@@ -36,6 +38,7 @@ __all__ = ["Costs", "Looked", "attend", "borrowed", "check", "connected", "layer
 _VIEW_SIZE = 768
 _TIMED = 3
 _TOP = 5
+_REMEDY = f"choose one that is here, such as {DEFAULT_MODEL} or shapes_biformer, or tick “Untrained weights”"
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,45 @@ class Looked:
     costs: Costs
 
 
-def check(host: Host, name: str, untrained: bool = False) -> Any:
+def check(host: Host, name: str, untrained: bool = False) -> ResolvedModel:
     """The model of that name, not yet loaded, if a visitor may have it.
 
     Args:
         host: The server.
         name: As typed.
-        untrained: Take random weights.
+        untrained: Take random weights where the model's own are not on this machine.
 
     Raises:
         UsageError: There is no such model here.
     """
-    return resolve(ModelChoice(host.check_model(name), None, untrained and ":" not in name))
+    name = host.check_model(name)
+    with _in_words_of_the_page():
+        if not untrained:
+            return resolve(ModelChoice(name))
+        try:
+            resolved = resolve(ModelChoice(name))
+        except UsageError:  # there may be no weights of it anywhere; a wrong name is wrong again
+            return resolve(ModelChoice(name, None, True))
+        return resolved if _here(resolved) else resolve(ModelChoice(name, None, True))
+
+
+def _here(resolved: ResolvedModel) -> bool:
+    """Whether the weights are on this machine."""
+    if resolved.entry is not None:
+        return weights.path_of(resolved.entry.name) is not None
+    return resolved.origin != "timm" or published(resolved.label)[1]
+
+
+@contextmanager
+def _in_words_of_the_page() -> Iterator[None]:
+    """Mistakes name the controls of the page where they would name options of the command line."""
+    try:
+        yield
+    except UsageError as error:
+        text = str(error).replace(NO_WEIGHTS, _REMEDY).removeprefix("--target ")
+        if isinstance(error.__cause__, weights.WeightsError):
+            text += f". Or {_REMEDY}"
+        raise UsageError(text) from error
 
 
 @contextmanager
@@ -100,7 +130,7 @@ def borrowed(host: Host, name: str, untrained: bool, progress: gr.Progress) -> I
     Args:
         host: The server.
         name: As typed.
-        untrained: Take random weights.
+        untrained: Take random weights where the model's own are not on this machine.
         progress: Told what is waited for.
 
     Raises:
@@ -110,7 +140,8 @@ def borrowed(host: Host, name: str, untrained: bool, progress: gr.Progress) -> I
 
     def load() -> Stage:
         progress(0, desc=f"Loading {resolved.label}")
-        network = resolved.load(fetching(resolved.label, progress))
+        with _in_words_of_the_page():
+            network = resolved.load(fetching(resolved.label, progress))
         compute = Compute(pick_device(host.settings.device), batch_size=1)
         stage = Classify(network, compute) if network.labels else Embed(network, compute)
         stage.decoder = replace(stage.decoder, view_size=_VIEW_SIZE)
@@ -145,7 +176,8 @@ def look(stage: Stage, picture: Image.Image, target: str, method: Method) -> Loo
         best = probabilities.topk(min(_TOP, len(labels)))
         pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         classes = {labels[index]: round(value, 6) for value, index in pairs}
-        chosen = class_index(stage.network, target.strip()) if target.strip() else int(best.indices[0])
+        with _in_words_of_the_page():
+            chosen = class_index(stage.network, target.strip()) if target.strip() else int(best.indices[0])
         about = labels[chosen]
     elif target.strip():
         raise UsageError(f"{stage.network.label} has no classes to choose one of")

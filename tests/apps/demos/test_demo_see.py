@@ -168,13 +168,29 @@ def test_mistakes_are_said_in_words(client, broken):
 def test_weights_that_cannot_be_had_are_named(client, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("ATTNSUITE_MIRROR", "http://127.0.0.1:9")
-    with pytest.raises(AppError, match=r"litv2_small"):
-        client().predict(**{**DEFAULTS, "model": "litv2_small"})
+    see = client()
+    for name in ("litv2_small", "litv2_nano", "resnet18"):  # ours, of which there are none at all, timm's
+        with pytest.raises(AppError, match=f"{name}.*hoose one that is here, such as .* or tick") as caught:
+            see.predict(**{**DEFAULTS, "model": name})
+        assert "--" not in str(caught.value), "a page has no options of the command line"
 
 
-def test_untrained_weights_are_called_so(client):
-    *_, facts = client().predict(**{**DEFAULTS, "model": "litv2_nano", "untrained": True})
-    assert facts["models"][0]["model"] == "litv2_nano (random weights)"
+def test_a_class_that_is_none_is_said_without_options():
+    host, picture = Host(), Image.open(SAMPLES / "cat.jpg").convert("RGB")
+    with seeing.borrowed(host, "tf_efficientnet_lite0", False, silent) as stage:  # pyright: ignore
+        for target, words in (("wolfram", "^'wolfram' is no class"), ("1000", "^1000: "), ("cat", "fits 16 classes")):
+            with pytest.raises(UsageError, match=words):
+                seeing.look(stage, picture, target, "auto")
+
+
+def test_untrained_weights_are_called_so_and_taken_where_there_are_no_others(client):
+    question = {**DEFAULTS, "model": "litv2_nano", "other": "shapes_biformer", "untrained": True}
+    *_, facts = client().predict(**question)
+    labels = [model["model"] for model in facts["models"]]
+    assert labels == ["litv2_nano (random weights)", "biformer_nano (shapes_biformer)"]
+    assert seeing.check(Host(), "tf_efficientnet_lite0", True).origin == "manifest"
+    with pytest.raises(UsageError, match="did you mean litv2_small"):
+        seeing.check(Host(), "litv2_smal", True)
 
 
 def test_out_of_memory_is_said_and_over_with(client, monkeypatch):
