@@ -47,7 +47,7 @@ class Pool:
 
         Args:
             key: What tells it from others.
-            load: Makes it. If it fails, the pool is as before.
+            load: Makes it. If it fails, the model is as absent as before.
             waiting: Called once if others have to be waited for.
 
         Yields:
