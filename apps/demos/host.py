@@ -19,6 +19,7 @@ from .pool import Pool
 
 __all__ = ["Host", "Settings", "fetching", "said"]
 
+_LONGEST_NAME = 120
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
 
 
@@ -81,6 +82,8 @@ class Host:
             return name
         if name.startswith("local-dir:"):
             raise UsageError("folders of this server are closed: it was started without --allow-local")
+        if len(name) > _LONGEST_NAME:
+            raise UsageError(f"{name[:20]}…: no model has a name of {len(name)} characters")
         if ":" in name or "/" in name or "\\" in name:
             raise UsageError(f"{name}: expected the name of a registered model, not an address or a file")
         return name
