@@ -104,7 +104,7 @@ class Asker:
         """Reads the prompt and writes one token; under the switches that are on.
 
         Returns:
-            What `generate` returns: with `past_key_values`, the cache that the prompt leaves.
+            What `generate` returns; `multimodal.layout.cache_of` finds the cache that the prompt leaves in it.
         """
         one: dict[str, Any] = {"max_new_tokens": 1, "return_dict_in_generate": True}
         with torch.inference_mode():
