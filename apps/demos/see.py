@@ -66,7 +66,7 @@ def page(host: Host, blocks: gr.Blocks) -> None:
             )
             with gr.Row():
                 labels = [
-                    gr.Label(label=name, num_top_classes=5, elem_id=f"see-{at}", show_label=True, min_width=240)
+                    gr.Label(label=name, num_top_classes=5, elem_id=f"see-{at}", visible=at == "first", min_width=240)
                     for name, at in (("Model", "first"), ("Second model", "second"))
                 ]
             costs = gr.Dataframe(headers=_HEADERS, label="Costs of one picture", elem_id="see-costs", interactive=False)
@@ -81,6 +81,9 @@ def page(host: Host, blocks: gr.Blocks) -> None:
         _looker(host), inputs, [slider, *labels, costs, *downloads, facts, kept, layers], api_name="see", **host.heavy
     )
     _keep_opacity(controls["opacity"], kept, [slider, *downloads[:2]])
+    event.success(  # an empty box for the model that was not asked says nothing
+        lambda kept: gr.Label(visible=len(kept) > 1), kept, labels[1], queue=False, **_PRIVATE
+    )
     link = {"sample": sample, **controls}
     write(event, link)
     _attending(host, image, sample, controls, event, kept, layers)

@@ -33,6 +33,7 @@ def test_upload_look_switch_and_look_again(serve: Any, visit: Any):
     page.locator("#see-run").click()
     expect(result(page)).to_contain_text("espresso")
     expect(page.locator("#see-slider img").first).to_be_visible()
+    assert page.locator("#see-second").count() == 0, "no box for a model that was not asked"
     before = page.locator("#see-slider img").last.get_attribute("src")
     page.locator("#see-opacity input[type=number]").fill("0.2")
     page.locator("#see-opacity input[type=range]").dispatch_event("pointerup")
