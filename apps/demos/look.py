@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
+from ..batch.decode import Unreadable
 from ..errors import UsageError
 from .downloads import as_csv, handed_out
 from .host import Host, said
@@ -43,14 +44,14 @@ def page(host: Host, blocks: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             image, sample = picture("look", _KIND)
-            controls, clicks = _controls()
+            controls, clicks, scene = _controls()
             run = gr.Button("Search", variant="primary", elem_id="look-run")
         with gr.Column(scale=3, min_width=300):
             outputs = _outputs()
     inputs = {"image": image, "sample": sample, **controls}
     event = run.click(_looker(host), [*inputs.values()], [*outputs.values(), kept], api_name="look", **host.heavy)
     _stepping(host, image, sample, kept)
-    _clicking(host, inputs, clicks)
+    _clicking(host, inputs, clicks, scene)
     link = {name: inputs[name] for name in _LINKED}
     write(event, link)
     restore(blocks, link, "look-run")
@@ -59,8 +60,8 @@ def page(host: Host, blocks: gr.Blocks) -> None:
 _LINKED = ("sample", "rows", "columns", "target", "boxes", "num_scanpaths", "temperature", "max_refixations", "seed")
 
 
-def _controls() -> tuple[dict[str, Any], gr.Radio]:
-    """The controls below the picture, by the names of the API; and what a click on it does."""
+def _controls() -> tuple[dict[str, Any], gr.Radio, gr.Image]:
+    """The controls below the picture, by the names of the API; what a click does; the picture to click on."""
     with gr.Row():
         rows = gr.Number(3, label="Rows", minimum=1, maximum=40, precision=0, elem_id="look-rows", min_width=80)
         columns = gr.Number(
@@ -69,7 +70,8 @@ def _controls() -> tuple[dict[str, Any], gr.Radio]:
         target = gr.Textbox(
             "2, 5", label="Target: row, column; or a box", max_length=80, elem_id="look-target", min_width=120
         )
-    clicks = gr.Radio([_TARGET, _CORNER], value=_TARGET, label="A click on the picture", elem_id="look-clicks")
+    scene = gr.Image(label="Objects and target", elem_id="look-scene", interactive=False, height=220, buttons=[])
+    clicks = gr.Radio([_TARGET, _CORNER], value=_TARGET, label="A click on this picture", elem_id="look-clicks")
     with gr.Accordion("Objects that lie freely, people, chance", open=False):
         boxes = gr.Textbox(
             "", label="Boxes instead of a grid", info="One a line: left, upper, right, lower in pixels, name", lines=3,
@@ -86,7 +88,7 @@ def _controls() -> tuple[dict[str, Any], gr.Radio]:
         seed = gr.Number(0, label="Seed", minimum=0, maximum=2**31 - 1, precision=0, elem_id="look-seed")
     names = "rows columns target boxes boxes_file humans humans_image num_scanpaths temperature max_refixations seed"
     here = locals()
-    return {name: here[name] for name in names.split()}, clicks
+    return {name: here[name] for name in names.split()}, clicks, scene
 
 
 def _outputs() -> dict[str, Any]:
@@ -146,10 +148,8 @@ def _looker(host: Host) -> Any:
         with said():
             from . import looking
 
-            read = chosen(image, sample, _KIND, host.settings)
             how = _search(num_scanpaths, temperature, max_refixations, seed)
-            objects = looking.objects_of(read.size, int(rows or 0), int(columns or 0), boxes or "", boxes_file)
-            aim = looking.target_of(objects, target or "", int(columns or 0))
+            read, objects, aim = _asked(host, image, sample, rows, columns, boxes, boxes_file, target)
             people = looking.people_of(humans, (humans_image or "").strip() or None) if humans else {}
             looked = looking.search(host, read, objects, aim, how, progress)
             drawn = looking.drawn(read, looked, people)
@@ -221,29 +221,47 @@ def _stepping(host: Host, image: Any, sample: Any, kept: gr.State) -> None:
     )
 
 
-def _clicking(host: Host, inputs: Mapping[str, Any], clicks: gr.Radio) -> None:
-    """What a click on the picture does."""
+def _clicking(host: Host, inputs: Mapping[str, Any], clicks: gr.Radio, scene: gr.Image) -> None:
+    """The picture with its objects, kept up to date, and what a click on it does."""
     corner = gr.State(None)
-    names = ("image", "sample", "rows", "columns", "boxes", "boxes_file")
+    about = [inputs[name] for name in ("image", "sample", "rows", "columns", "boxes", "boxes_file", "target")]
 
-    def click(
-        meaning: str, corner: Any, image: Any, sample: str, rows: float, columns: float, boxes: str, boxes_file: Any,
-        event: gr.SelectData,
-    ) -> list[Any]:  # fmt: skip
+    def show(*given: Any) -> Any:
         with said():
-            from .looking import objects_of
+            if given[0] is None and not given[1]:
+                return None
+            from .looking import outlined
 
-            x, y = event.index
+            try:
+                read, objects, aim = _asked(host, *given)
+            except (UsageError, Unreadable):  # it is being typed; the search will say what is wrong
+                return gr.skip()
+            return outlined(read, objects, aim)
+
+    def click(meaning: str, corner: Any, scene: Any, event: gr.SelectData, *given: Any) -> list[Any]:
+        with said():
+            read, objects, _ = _asked(host, *cast(Any, given[:-1]), target="1")
+            scale = read.width / scene.shape[1]
+            x, y = (round(scale * at) for at in event.index)
             if meaning == _CORNER:
                 if corner is None:
                     return [gr.skip(), gr.skip(), (x, y)]
                 box = f"{min(x, corner[0])}, {min(y, corner[1])}, {max(x, corner[0])}, {max(y, corner[1])}"
-                return [gr.skip(), f"{boxes.rstrip()}\n{box}".strip(), None]
-            size = chosen(image, sample, _KIND, host.settings).size
-            objects = objects_of(size, int(rows or 0), int(columns or 0), boxes or "", boxes_file)
-            at = int(objects.at([[x, y]])[0])
-            grid = f"{at // int(columns) + 1}, {at % int(columns) + 1}"
-            return [grid if objects.labels is None and not boxes_file else str(at + 1), gr.skip(), None]
+                return [gr.skip(), f"{given[4].rstrip()}\n{box}".strip(), None]
+            at, columns = int(objects.at([[x, y]])[0]), int(given[3])
+            free = bool(given[4].strip() or given[5])
+            return [str(at + 1) if free else f"{at // columns + 1}, {at % columns + 1}", gr.skip(), None]
 
-    given = [clicks, corner, *(inputs[name] for name in names)]
-    inputs["image"].select(click, given, [inputs["target"], inputs["boxes"], corner], queue=False, **_PRIVATE)
+    gr.on([control.change for control in about], show, about, scene, **_PRIVATE)
+    scene.select(click, [clicks, corner, scene, *about], [inputs["target"], inputs["boxes"], corner], **_PRIVATE)
+
+
+def _asked(
+    host: Host, image: str | None, sample: str, rows: float, columns: float, boxes: str, file: str | None, target: str
+) -> tuple[Any, Any, int]:
+    """The picture, its objects, and which of them is searched for."""
+    from . import looking
+
+    read = chosen(image, sample, _KIND, host.settings)
+    objects = looking.objects_of(read.size, int(rows or 0), int(columns or 0), boxes or "", file)
+    return read, objects, looking.target_of(objects, target or "", int(columns or 0))

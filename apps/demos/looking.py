@@ -27,7 +27,18 @@ from ..scanpath.stage import sampled, write_table
 from .downloads import handed_out
 from .host import Host, fetching
 
-__all__ = ["MOST_SCANPATHS", "Looked", "drawn", "likeness", "objects_of", "people_of", "search", "step", "target_of"]
+__all__ = [
+    "MOST_SCANPATHS",
+    "Looked",
+    "drawn",
+    "likeness",
+    "objects_of",
+    "outlined",
+    "people_of",
+    "search",
+    "step",
+    "target_of",
+]
 
 MOST_SCANPATHS = 100
 _MOST_OBJECTS = 400
@@ -260,6 +271,17 @@ def drawn(picture: Image.Image, looked: Looked, people: Mapping[str, np.ndarray]
         write_table(str(table), "picture", str(looked.target + 1), looked.objects, looked.paths)
         files = {"film": handed_out(film.name, film.read_bytes()), "table": handed_out(table.name, table.read_bytes())}
     return {"scanpaths": np.asarray(first), "density": np.asarray(density), **files}
+
+
+def outlined(picture: Image.Image, objects: Objects, target: int) -> np.ndarray:
+    """A picture with its objects and the target.
+
+    Args:
+        picture: RGB.
+        objects: Outlined.
+        target: Which of them is framed.
+    """
+    return step(picture, Looked(objects, target, [np.array([], int)]), 1, 0)
 
 
 def step(picture: Image.Image, looked: Looked, number: int, fixations: int) -> np.ndarray:
