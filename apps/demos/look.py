@@ -92,10 +92,10 @@ def _controls() -> tuple[dict[str, Any], gr.Radio, gr.Image]:
 
 
 def _outputs() -> dict[str, Any]:
-    film = gr.Image(label="One search after the other", elem_id="look-film", interactive=False, height=300, buttons=[])
+    film = gr.Image(label="The first search, fixation by fixation", elem_id="look-film", interactive=False, height=300, buttons=[])
     with gr.Row():
         scanpaths = gr.Image(
-            label="The first search", elem_id="look-scanpaths", interactive=False, min_width=280, buttons=["download"]
+            label="All of it", elem_id="look-scanpaths", interactive=False, min_width=280, buttons=["download"]
         )
         density = gr.Image(
             label="Where all of them look", elem_id="look-density", interactive=False, min_width=280,
