@@ -17,7 +17,10 @@ from ..batch.decode import Unreadable
 from ..errors import Stopped, UsageError
 from .pool import Pool
 
-__all__ = ["Host", "Settings", "fetching", "said"]
+__all__ = ["HEAVY", "Host", "Settings", "fetching", "said"]
+
+HEAVY = "models"  # the line of all events that run a model
+
 
 _LONGEST_NAME = 120
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
@@ -64,7 +67,7 @@ class Host:
     @property
     def heavy(self) -> dict[str, Any]:
         """Options of every event that runs a model: all of them wait in one line."""
-        return {"concurrency_id": "models", "concurrency_limit": self.settings.workers}
+        return {"concurrency_id": HEAVY, "concurrency_limit": self.settings.workers}
 
     def check_model(self, name: str) -> str:
         """The name, stripped, if a visitor may ask for it.

@@ -35,9 +35,8 @@ def restore(page: gr.Blocks, settings: Mapping[str, gr.components.Component], ru
                 values.append(gr.skip())
         return values if len(values) > 1 else values[0]
 
-    opened = page.load(
-        read, None, list(settings.values()), api_visibility="private", queue=False, show_progress="hidden"
-    )
+    # through the queue, as warnings come by no other way
+    opened = page.load(read, None, list(settings.values()), api_visibility="private", show_progress="hidden")
     if run is not None:
         # the address may hold what others put there, such as the choice of a theme
         names = json.dumps([*settings])

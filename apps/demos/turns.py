@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from .host import HEAVY
+
 __all__ = ["bound"]
 
 _FULL = "many visitors are waiting here: try again in a minute"
@@ -17,7 +19,8 @@ def bound(queue: Any, per_client: int, per_address: int) -> None:
     A client is a session: one tab of a browser, or one `gradio_client.Client`; calls that name no session are one
     client per address. As a session is a name that clients choose, an address has a limit of its own: it keeps one
     machine from filling the line under many names, and is as much as visitors behind one router have together. User
-    names are not looked at: with `--auth`, all visitors have the same.
+    names are not looked at: with `--auth`, all visitors have the same. Events that run no model are over in a moment
+    and do not count.
 
     Args:
         queue: Of the blocks, not yet started.
@@ -27,7 +30,7 @@ def bound(queue: Any, per_client: int, per_address: int) -> None:
     push = queue.push
 
     async def pushed(body: Any, request: Any, username: str | None) -> Any:
-        events = [event for event in queue.event_ids_to_events.values() if _address(event.request) == _address(request)]
+        events = _heavy(queue, body, request)
         mine = [event for event in events if _session(event) == body.session_hash]
         if len(mine) >= per_client:
             raise HTTPException(429, f"{len(mine)} requests of yours are waiting or running: let one of them end first")
@@ -38,6 +41,18 @@ def bound(queue: Any, per_client: int, per_address: int) -> None:
         return taken, _FULL if state == "queue_full" else answer, state
 
     queue.push = pushed
+
+
+def _heavy(queue: Any, body: Any, request: Any) -> list[Any]:
+    """What the address of a request has waiting or running, if the request is for a model."""
+    wanted = queue.blocks.fns.get(body.fn_index)
+    if wanted is None or wanted.concurrency_id != HEAVY:
+        return []
+    return [
+        event
+        for event in queue.event_ids_to_events.values()
+        if event.concurrency_id == HEAVY and _address(event.request) == _address(request)
+    ]
 
 
 def _address(request: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,37 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     yield start
     for blocks in running:
         blocks.close(verbose=False)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A page whose one event ends when it is told to, or at once if it is asked to fail."""
+    import gradio as gr
+
+    from apps.demos.host import said
+
+    go_on = threading.Event()
+
+    def page(host: Any, name: str | None) -> Any:
+        def work(kind: str) -> str:
+            with said():
+                if kind == "memory":
+                    raise MemoryError
+                if kind == "cuda":
+                    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                if kind == "defect":
+                    raise ZeroDivisionError("<b>inside</b>")
+            assert go_on.wait(60)
+            return "done"
+
+        with gr.Blocks() as blocks:
+            kind, out = gr.Textbox(label="Kind", elem_id="kind"), gr.Textbox(label="Out")
+            gr.Button("Run", elem_id="run").click(work, kind, out, api_name="work", **host.heavy)
+        return blocks
+
+    monkeypatch.setattr("apps.demos.server.build", page)
+    yield go_on
+    go_on.set()
 
 
 @pytest.fixture(scope="session")

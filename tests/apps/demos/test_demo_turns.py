@@ -11,38 +11,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="pip install 'attnsuite[demo]'")
 
-import gradio as gr
-
-import apps.demos.server as server_module
-from apps.demos.host import Host, said
 from apps.demos.server import Serving
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A page whose one event ends when it is told to, or at once if it is asked to fail."""
-    go_on = threading.Event()
-
-    def page(host: Host, name: str | None) -> Any:
-        def work(kind: str) -> str:
-            with said():
-                if kind == "memory":
-                    raise MemoryError
-                if kind == "cuda":
-                    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-                if kind == "defect":
-                    raise ZeroDivisionError("<b>inside</b>")
-            assert go_on.wait(60)
-            return "done"
-
-        with gr.Blocks() as blocks:
-            kind, out = gr.Textbox(label="Kind", elem_id="kind"), gr.Textbox(label="Out")
-            gr.Button("Run", elem_id="run").click(work, kind, out, api_name="work", **host.heavy)
-        return blocks
-
-    monkeypatch.setattr(server_module, "build", page)
-    yield go_on
-    go_on.set()
 
 
 def join(client: httpx.Client, session: str | None = None, kind: str = "", address: str | None = None) -> Any:
