@@ -92,7 +92,8 @@ def _controls() -> tuple[dict[str, Any], gr.Radio, gr.Image]:
 
 
 def _outputs() -> dict[str, Any]:
-    film = gr.Image(label="The first search, fixation by fixation", elem_id="look-film", interactive=False, height=300, buttons=[])
+    label = "The first search, fixation by fixation"
+    film = gr.Image(label=label, elem_id="look-film", interactive=False, height=300, buttons=[])
     with gr.Row():
         scanpaths = gr.Image(
             label="All of it", elem_id="look-scanpaths", interactive=False, min_width=280, buttons=["download"]
