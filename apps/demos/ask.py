@@ -60,6 +60,7 @@ _LEGENDS = {
     "read": "Over the picture: what the answer reads of it, mean of all layers and heads; bright is most.",
     "merged": "Image tokens: clear if kept, in one colour if merged into one (at the dot), dark if dropped.",
 }
+_NOT_DRAWN = "Where the image tokens of this model lie in a picture is not known: nothing is drawn."
 _GRID = "display:grid;grid-template-columns:repeat(auto-fit,minmax(max(8.5rem,30%),1fr));gap:.6rem"
 _CARD = "border:1px solid var(--border-color-primary);border-radius:.5rem;padding:.6rem .8rem;overflow-wrap:anywhere"
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
@@ -190,7 +191,7 @@ def _unknown(replies: Sequence[Replied]) -> list[str]:
 
 def _cards(replies: Sequence[Replied]) -> str:
     """The answers side by side, as HTML; what they say is text, not markup."""
-    cards, drawn = "", [""]
+    cards, drawn = "", list[str]()
     for reply in replies:
         answer = html.escape(reply.answer) or "<em>nothing</em>"
         kept = f"{reply.kept_tokens} of {reply.image_tokens} image tokens, {reply.prefill_ms:.1f} ms"
@@ -209,7 +210,7 @@ def _cards(replies: Sequence[Replied]) -> str:
         cards += "</section>"
     unknown = ", ".join(_unknown(replies))
     note = f"<p>The model does not know: {html.escape(unknown)}.</p>" if unknown else ""
-    legend = "".join(f'<p style="margin:.5rem 0 0">{one}</p>' for one in dict.fromkeys(drawn) if one)
+    legend = "".join(f'<p style="margin:.5rem 0 0">{one}</p>' for one in dict.fromkeys(drawn or [_NOT_DRAWN]))
     return f'{note}<div style="{_GRID}" role="group" aria-label="Answers">{cards}</div>{legend}'
 
 

@@ -8,7 +8,8 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -167,7 +168,9 @@ def _name(switches: Switches) -> str:
 def _resolved(name: str | None, mma: bool, device: str) -> ResolvedVLM:
     """Found once: the files of a large model take long to go through."""
     pair = name is None or name in SHIPPED.values()
-    return VLMChoice(None if pair else name, mma, dtype=dtype_on(device)).resolve()
+    found = VLMChoice(None if pair else name, mma, dtype=dtype_on(device)).resolve()
+    local = not pair and Path(name or "").expanduser().is_dir()
+    return replace(found, label=found.folder.name) if local else found  # where it lies is not for visitors
 
 
 @contextmanager
