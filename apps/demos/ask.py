@@ -121,7 +121,11 @@ def _controls(kind: str) -> tuple[dict[str, Any], gr.Dropdown]:
 
 def _outputs() -> dict[str, Any]:
     answers = gr.HTML(
-        "<p>Answers come here: without switches, and with those that are on.</p>", elem_id="ask-answers", min_height=80
+        "<p>Answers come here: without switches, and with those that are on.</p>",
+        label="Answers",
+        show_label=False,
+        elem_id="ask-answers",
+        min_height=80,
     )
     costs = gr.Dataframe(
         headers=_HEADERS,
