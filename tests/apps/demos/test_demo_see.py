@@ -234,3 +234,26 @@ def test_settings_have_a_pool_of_their_size():
     for name in ("shapes_biformer", "tf_efficientnet_lite0", "shapes_biformer"):
         with seeing.borrowed(host, name, False, silent):  # pyright: ignore
             assert len(host.pool.names) == 1
+
+
+def test_vision_transformers_are_rolled_out_and_show_their_places():
+    host, picture = Host(), Image.open(SAMPLES / "cat.jpg").convert("RGB")
+    with seeing.borrowed(host, "deit_tiny_patch16_224", True, silent) as stage:  # pyright: ignore
+        images = stage.normalise(np.asarray(stage.decoder.transform(picture))[None])
+        seen = seeing.look(stage, picture, "", "rollout")
+        assert np.abs(seen.heat - heatmap(stage.module, images, None, "rollout")[0].numpy()).max() < 1e-3
+        assert len(seen.layers) == 12 and seeing.connected(stage, picture, 50, 50) == []
+        _, heat = seeing.attend(stage, picture, 50, 50, "3", False)
+        assert heat.shape == (224, 224) and heat.max() == 1
+
+
+def test_kept_keys_of_sparsifiner():
+    host, picture = Host(), Image.open(SAMPLES / "cat.jpg").convert("RGB")
+    with seeing.borrowed(host, "sparsifiner_deit_tiny_patch16_224", True, silent) as stage:  # pyright: ignore
+        images = stage.normalise(np.asarray(stage.decoder.transform(picture))[None])
+        view, heat = seeing.attend(stage, picture, 50, 50, "blocks.3.attn", True)
+        left, top, right, bottom = view.box
+        height, width = view.picture.shape[:2]
+        at = ((height / 2 - top) / (bottom - top), (width / 2 - left) / (right - left))
+        assert np.abs(heat - attended(stage.module, images, at, "blocks.3.attn", True)[0].numpy()).max() < 1e-3
+    assert 0.1 < float((heat > 0).mean()) < 0.9, "some keys are kept, others are not"
