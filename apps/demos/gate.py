@@ -215,12 +215,13 @@ class _TooLarge(Exception):
 async def _limited(app: ASGIApp, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
     """Runs an app that gets no more than so many bytes, whatever the request says of its length."""
     got = 0
-    begun = False
+    begun = more = False
 
     async def counted() -> Message:
-        nonlocal got
+        nonlocal got, more
         message = await receive()
         got += len(message.get("body", b""))
+        more = message.get("more_body", False)
         if got > limit:
             raise _TooLarge
         return message
@@ -235,8 +236,16 @@ async def _limited(app: ASGIApp, limit: int, scope: Scope, receive: Receive, sen
         await app(scope, counted, noted)
     except _TooLarge:
         pass
+    except Exception as error:
+        # of a request that Gradio cannot read; handlers run behind the queue, and what goes wrong there is said there
+        if begun or scope["method"] != "POST":
+            raise
+        words = f"this request is not what this takes: {type(error).__name__} {str(error)[:200]}"
+        await _says(400, words)(scope, receive, send)
+        return
     if got > limit and not begun:
-        await _drain(receive)
+        if more:
+            await _drain(receive)
         await _too_large(limit)(scope, receive, send)
 
 

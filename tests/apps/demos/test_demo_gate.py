@@ -7,6 +7,8 @@ import base64
 import io
 import os
 import re
+import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +24,7 @@ from gradio.routes import App
 
 import apps.demos.server as server_module
 from apps.demos.gate import check_files, within
+from apps.demos.host import Settings
 from apps.demos.server import Serving
 from apps.errors import UsageError
 
@@ -113,6 +116,42 @@ def test_strange_inputs_are_answered_in_words(client: httpx.Client):
     assert client.post("/gradio_api/call/see", content=b"{").status_code == 422
     assert client.post("/gradio_api/run/see", json={"data": []}).status_code == 404  # all wait in one line
     assert client.get("/config").status_code == 200
+
+
+BODIES = [
+    [], "x", 1, None, {}, {"data": None}, {"data": []}, {"data": [1], "fn_index": 9999, "session_hash": "s"},
+    {"data": [], "fn_index": -1, "session_hash": "s"}, {"data": {}, "fn_index": "0", "session_hash": []},
+    {"data": [None], "fn_index": 0, "session_hash": "s" * 10_000, "event_id": "x", "trigger_id": -4},
+    {"session_hash": "s", "fn_index": 0, "event_id": "nobody's"}, {"no_such_parameter": 1},
+    {"data": [], "component_id": 1, "fn_name": "__init__", "session_hash": "s"}, {"component_id": 99999, "fn_name": ""},
+]  # fmt: skip
+
+
+ROUTES = [
+    "queue/join", "call/see", "call/v2/see", "call/nothing", "call/v2/nothing", "run/see", "run/predict", "reset",
+    "component_server", "cancel", "upload",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_requests_that_make_no_sense_are_refused(served: str, route: str):
+    with httpx.Client(base_url=served, timeout=20) as client:
+        for body in BODIES:
+            answer = client.post(f"/gradio_api/{route}", json=body)
+            assert answer.status_code < 500 or "error" in answer.json(), (body, answer.text)
+        assert client.get("/config").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def served() -> Any:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        patch.setenv("GRADIO_TEMP_DIR", folder)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        blocks, address = server_module.launch(Serving(port=port), Settings(), "see")
+        yield address
+        blocks.close(verbose=False)
 
 
 def test_uploads_have_a_limit(client: httpx.Client):
