@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import gradio as gr
 
@@ -13,6 +13,9 @@ from .downloads import as_csv, handed_out
 from .host import Host, said
 from .permalink import restore, write
 from .uploads import chosen, picture
+
+if TYPE_CHECKING:
+    from .looking import Looked
 
 __all__ = ["ABOUT", "TITLE", "page"]
 
@@ -24,8 +27,18 @@ _NOTE = """The model that comes with the suite has learned from drawn shelves li
 photographs take it as a demonstration. It knows objects by row and column; boxes that lie freely are given the fraction
 of a row and a column that their centre has in the grid."""
 _HEADERS = ["Metric", "Model and people", "People among each other", "What it means"]
+_WIDTHS: list[int | str] = [150, 110, 110, 280]
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _TARGET, _CORNER = "sets the target", "is a corner of a box: two clicks make one"
+
+
+class _Kept(NamedTuple):
+    """What a visitor has searched, for going through it step by step."""
+
+    image: str | None
+    sample: str
+    looked: Looked
+    people: int
 
 
 def page(host: Host, blocks: gr.Blocks) -> None:
@@ -50,7 +63,7 @@ def page(host: Host, blocks: gr.Blocks) -> None:
             outputs = _outputs()
     inputs = {"image": image, "sample": sample, **controls}
     event = run.click(_looker(host), [*inputs.values()], [*outputs.values(), kept], api_name="look", **host.heavy)
-    _stepping(host, image, sample, kept)
+    _stepping(host, kept, outputs)
     _clicking(host, inputs, clicks, scene)
     link = {name: inputs[name] for name in _LINKED}
     write(event, link)
@@ -67,9 +80,8 @@ def _controls() -> tuple[dict[str, Any], gr.Radio, gr.Image]:
         columns = gr.Number(
             9, label="Columns", minimum=1, maximum=40, precision=0, elem_id="look-columns", min_width=80
         )
-        target = gr.Textbox(
-            "2, 5", label="Target: row, column; or a box", max_length=80, elem_id="look-target", min_width=120
-        )
+        target = gr.Textbox("2, 5", label="Target", max_length=80, elem_id="look-target", min_width=80)
+    gr.Markdown("The target is row and column, or number or name of a box.")
     scene = gr.Image(label="Objects and target", elem_id="look-scene", interactive=False, height=220, buttons=[])
     clicks = gr.Radio([_TARGET, _CORNER], value=_TARGET, label="A click on this picture", elem_id="look-clicks")
     with gr.Accordion("Objects that lie freely, people, chance", open=False):
@@ -92,19 +104,20 @@ def _controls() -> tuple[dict[str, Any], gr.Radio, gr.Image]:
 
 
 def _outputs() -> dict[str, Any]:
-    label = "The first search, fixation by fixation"
+    label = "The first few searches, one after another"
     film = gr.Image(label=label, elem_id="look-film", interactive=False, height=300, buttons=[])
     with gr.Row():
         scanpaths = gr.Image(
-            label="All of it", elem_id="look-scanpaths", interactive=False, min_width=280, buttons=["download"]
+            label="The first search", elem_id="look-scanpaths", interactive=False, min_width=280, buttons=["download"]
         )
         density = gr.Image(
             label="Where all of them look", elem_id="look-density", interactive=False, min_width=280,
             buttons=["download"],
         )  # fmt: skip
     metrics = gr.Dataframe(
-        headers=_HEADERS, label="Beside people", elem_id="look-metrics", interactive=False, wrap=True
-    )
+        headers=_HEADERS, label="Beside people", elem_id="look-metrics", interactive=False, wrap=True,
+        column_widths=_WIDTHS, visible=False,
+    )  # fmt: skip
     with gr.Row():
         names = (("film_file", "Film, GIF"), ("table", "Fixations, CSV"), ("metrics_file", "Metrics, CSV"))
         files = {key: gr.DownloadButton(label, elem_id=f"look-{key}", size="sm") for key, label in names}
@@ -151,11 +164,15 @@ def _looker(host: Host) -> Any:
 
             how = _search(num_scanpaths, temperature, max_refixations, seed)
             read, objects, aim = _asked(host, image, sample, rows, columns, boxes, boxes_file, target)
-            people = looking.people_of(humans, (humans_image or "").strip() or None) if humans else {}
+            people = _people(humans, humans_image, read, objects, aim, columns, target)
             looked = looking.search(host, read, objects, aim, how, progress)
             drawn = looking.drawn(read, looked, people)
             compared = looking.likeness(looked, people) if people else []
-            return *_shown(drawn, compared), _facts(looked, compared, len(people)), looked
+            return (
+                *_shown(drawn, compared),
+                _facts(looked, compared, len(people)),
+                _Kept(image, sample, looked, len(people)),
+            )
 
     return look
 
@@ -195,31 +212,38 @@ def _facts(looked: Any, compared: list[dict[str, Any]], people: int) -> dict[str
     }
 
 
-def _stepping(host: Host, image: Any, sample: Any, kept: gr.State) -> None:
-    """A search at one's own pace."""
+def _stepping(host: Host, kept: gr.State, outputs: Mapping[str, Any]) -> None:
+    """A search at one's own pace; and the table of metrics, which is there if there is something in it."""
     gr.Markdown("## Step by step")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             number = gr.Slider(1, 100, value=1, step=1, label="Which search", elem_id="look-number")
-            fixations = gr.Slider(1, 40, value=1, step=1, label="Fixations", elem_id="look-fixations")
+            fixations = gr.Slider(1, 100, value=1, step=1, label="Fixations", elem_id="look-fixations")
         with gr.Column(scale=3, min_width=300):
-            shown = gr.Image(label="So far", elem_id="look-step", interactive=False, buttons=["download"])
+            shown = gr.Image(label="So far", elem_id="look-step", interactive=False, height=300, buttons=["download"])
 
-    def show(image: str | None, sample: str, kept: Any, number: float, fixations: float) -> Any:
+    def begin(kept: _Kept | None) -> list[Any]:
+        if kept is None:
+            return [gr.skip()] * 4
+        paths, people = kept.looked.paths, kept.people > 0
+        lengths = gr.Slider(maximum=max(2, *map(len, paths)), value=len(paths[0]))
+        table = gr.Dataframe(visible=people), gr.DownloadButton(visible=people)
+        return [gr.Slider(maximum=max(2, len(paths)), value=1), lengths, *table]
+
+    def show(kept: _Kept | None, number: float, fixations: float) -> Any:
         with said():
             from .looking import step
 
             if kept is None:
                 return gr.skip()
-            return step(chosen(image, sample, _KIND, host.settings), kept, int(number), int(fixations))
+            picture = chosen(kept.image, kept.sample, _KIND, host.settings)
+            return step(picture, kept.looked, int(number), int(fixations))
 
-    gr.on(
-        [number.release, fixations.release, kept.change],
-        show,
-        [image, sample, kept, number, fixations],
-        shown,
-        **_PRIVATE,
+    begun = kept.change(
+        begin, kept, [number, fixations, outputs["metrics"], outputs["metrics_file"]], queue=False, **_PRIVATE
     )
+    begun.then(show, [kept, number, fixations], shown, **_PRIVATE)
+    gr.on([number.release, fixations.release], show, [kept, number, fixations], shown, **_PRIVATE)
 
 
 def _clicking(host: Host, inputs: Mapping[str, Any], clicks: gr.Radio, scene: gr.Image) -> None:
@@ -261,8 +285,20 @@ def _asked(
     host: Host, image: str | None, sample: str, rows: float, columns: float, boxes: str, file: str | None, target: str
 ) -> tuple[Any, Any, int]:
     """The picture, its objects, and which of them is searched for."""
-    from . import looking
+    from .given import objects_of, target_of
 
     read = chosen(image, sample, _KIND, host.settings)
-    objects = looking.objects_of(read.size, int(rows or 0), int(columns or 0), boxes or "", file)
-    return read, objects, looking.target_of(objects, target or "", int(columns or 0))
+    objects = objects_of(read.size, int(rows or 0), int(columns or 0), boxes or "", file)
+    return read, objects, target_of(objects, target or "", int(columns or 0))
+
+
+def _people(
+    file: str | None, image: str | None, read: Any, objects: Any, aim: int, columns: float, target: str
+) -> dict[str, Any]:
+    """Where people looked, if a file tells."""
+    from .given import names_of, people_of
+
+    if file is None:
+        return {}
+    names = [target.strip(), *names_of(objects, aim, int(columns))]
+    return people_of(file, read.size, (image or "").strip() or None, list(dict.fromkeys(names)))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,34 +15,20 @@ from PIL import Image
 
 from vision.scanpath import draw, metrics
 from vision.scanpath.appearance import cut
-from vision.scanpath.datasets import read_csv
 from vision.scanpath.model import OAT
-from vision.scanpath.objects import Objects, RegularGrid, read_objects
+from vision.scanpath.objects import Objects
 
 from ..batch.stage import pick_device
 from ..errors import UsageError
 from ..scanpath.command import OATChoice, Search
-from ..scanpath.stage import sampled, write_table
+from ..scanpath.stage import sampled, write_film, write_table
 from .downloads import handed_out
 from .host import Host, fetching
 
-__all__ = [
-    "MOST_SCANPATHS",
-    "Looked",
-    "drawn",
-    "likeness",
-    "objects_of",
-    "outlined",
-    "people_of",
-    "search",
-    "step",
-    "target_of",
-]
+__all__ = ["MOST_SCANPATHS", "Looked", "drawn", "likeness", "outlined", "search", "step"]
 
 MOST_SCANPATHS = 100
-_MOST_OBJECTS = 400
 _SIDE = 640
-_MOST_BYTES = 2_000_000
 
 
 @dataclass(frozen=True, eq=False)  # a state of Gradio's, which compares by identity
@@ -81,67 +66,6 @@ class Looked:
         return [self.objects.centres[path] for path in self.paths]
 
 
-def objects_of(size: tuple[int, int], rows: int, columns: int, boxes: str, file: str | None) -> Objects:
-    """The objects of a picture: boxes where there are any, else a grid.
-
-    Args:
-        size: Width and height of the picture.
-        rows: Of the grid.
-        columns: Of the grid.
-        boxes: A box a line: left, upper, right, lower in pixels, and a name if wanted.
-        file: With boxes, as `vision.scanpath.objects.read_objects` takes it.
-
-    Returns:
-        With cells, which are fractions of rows and columns where boxes lie freely.
-
-    Raises:
-        UsageError: A box that is none, a file that cannot be read, or too many objects.
-    """
-    try:
-        grid = RegularGrid(rows, columns)
-        if not boxes.strip() and file is None:
-            found = grid.on(size)
-        else:
-            objects = _of_lines(boxes, size) if boxes.strip() else _of_file(str(file), size)
-            cells = objects.centres[:, ::-1] / (size[1], size[0]) * (rows, columns) - 0.5
-            found = replace(objects, cells=cells.clip(0))
-    except ValueError as error:
-        raise UsageError(f"the objects cannot be taken: {_nameless(error, file)}") from error
-    if len(found) > _MOST_OBJECTS:
-        raise UsageError(f"{len(found)} objects are too many: at most {_MOST_OBJECTS} are taken")
-    return found
-
-
-def target_of(objects: Objects, target: str, columns: int) -> int:
-    """Which object is searched for.
-
-    Args:
-        objects: Of the picture.
-        target: `"2, 5"` for row and column of a grid, `"7"` for the seventh object, or its name; counted from 1.
-        columns: Of the grid.
-
-    Raises:
-        UsageError: There is no such object.
-    """
-    text = target.strip()
-    pair = re.fullmatch(r"(\d{1,4})\s*[,x×]\s*(\d{1,4})", text)
-    if objects.labels is None and pair:
-        row, column = int(pair[1]), int(pair[2])
-        if not (1 <= column <= columns and 1 <= row <= len(objects) // columns):
-            raise UsageError(f"target {text}: the grid has rows 1 to {len(objects) // columns}, columns 1 to {columns}")
-        return (row - 1) * columns + column - 1
-    if re.fullmatch(r"\d{1,4}", text):
-        if not 1 <= int(text) <= len(objects):
-            raise UsageError(f"target {text}: there are {len(objects)} objects, counted from 1")
-        return int(text) - 1
-    if not text:
-        raise UsageError("no target: give row and column such as 2, 5, the number of an object, or its name")
-    try:
-        return objects.index(text)
-    except ValueError as error:
-        raise UsageError(f"target {text}: {error}") from error
-
-
 def search(
     host: Host, picture: Image.Image, objects: Objects, target: int, how: Search, progress: gr.Progress
 ) -> Looked:
@@ -174,32 +98,6 @@ def search(
             raise UsageError(f"the model knows grids of up to {extent[0]} rows and {extent[1]} columns")
         crops = cast(torch.Tensor, cut(picture, objects, model.config.crop_size))
         return Looked(objects, target, sampled(model, objects, target, crops, how, device))
-
-
-def people_of(file: str, image: str | None) -> dict[str, np.ndarray]:
-    """Recorded scanpaths of one picture.
-
-    Args:
-        file: CSV as `vision.scanpath.datasets.read_csv` reads it.
-        image: Which picture's, where the file has several.
-
-    Returns:
-        Fixations by name of the scanpath, `[T, 2]`, x and y in pixels.
-
-    Raises:
-        UsageError: The file cannot be read, or has nothing of that picture.
-    """
-    _check_size(file)
-    try:
-        data = read_csv(file)
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"the recorded scanpaths cannot be read: {_nameless(error, file)}") from error
-    wanted = image or (data.images[0] if len(data.images) == 1 else None)
-    found = {one.id: one.fixations for one in data.scanpaths if one.scene.image == wanted and len(one)}
-    if not found:
-        names = ", ".join(data.images[:8])
-        raise UsageError(f"which picture's scanpaths are meant? The file has those of {names}: give one of these names")
-    return found
 
 
 def likeness(looked: Looked, people: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -257,20 +155,23 @@ def drawn(picture: Image.Image, looked: Looked, people: Mapping[str, np.ndarray]
         people: Recorded scanpaths; may be none.
 
     Returns:
-        `scanpaths` and `density`, arrays; `film` and `table`, files.
+        `scanpaths`, of the first search, and `density`, arrays; `film`, of the first few, and `table`, files.
     """
-    points = looked.fixations()
-    shown: Any = points[0] if not people else {"model": points[0], "people": next(iter(people.values()))}
-    side = max(64, min(_SIDE, 4 * max(picture.size)))
-    about: dict[str, Any] = {"target": looked.target_box, "objects": looked.objects}
-    first = draw.draw_scanpaths(picture, shown, **about, longer_side=side)
+    side = _side(picture)
+    points, humans = looked.fixations(), [*people.values()]
+    shown: Any = {"search 1": points[0], "person 1": humans[0]} if humans else points[0]
+    first = draw.draw_scanpaths(picture, shown, target=looked.target_box, objects=looked.objects, longer_side=side)
     density = draw.draw_density(picture, points, longer_side=side)
     with tempfile.TemporaryDirectory() as folder:
-        film, table = Path(folder, "scanpath.gif"), Path(folder, "scanpaths.csv")
-        draw.write_gif(film, picture, shown, **about, longer_side=min(side, 480))
+        film, table = Path(folder, "scanpaths.gif"), Path(folder, "scanpaths.csv")
+        write_film(str(film), picture, looked.objects, looked.target, points, humans)
         write_table(str(table), "picture", str(looked.target + 1), looked.objects, looked.paths)
         files = {"film": handed_out(film.name, film.read_bytes()), "table": handed_out(table.name, table.read_bytes())}
     return {"scanpaths": np.asarray(first), "density": np.asarray(density), **files}
+
+
+def _side(picture: Image.Image) -> int:
+    return max(64, min(_SIDE, 4 * max(picture.size)))
 
 
 def outlined(picture: Image.Image, objects: Objects, target: int) -> np.ndarray:
@@ -294,43 +195,8 @@ def step(picture: Image.Image, looked: Looked, number: int, fixations: int) -> n
         fixations: How many of its fixations.
     """
     points = looked.fixations()[min(max(number, 1), len(looked.paths)) - 1][:fixations]
-    side = max(64, min(_SIDE, 4 * max(picture.size)))
-    return np.asarray(
-        draw.draw_scanpaths(picture, points, target=looked.target_box, objects=looked.objects, longer_side=side)
-    )
-
-
-def _of_lines(text: str, size: tuple[int, int]) -> Objects:
-    boxes, labels = [], []
-    lines = [line for line in text.splitlines() if line.strip()][: _MOST_OBJECTS + 1]
-    for number, line in enumerate(lines, 1):
-        *sides, label = [part.strip() for part in (line if line.count(",") > 3 else f"{line},").split(",", 4)]
-        try:
-            box = [float(side) for side in sides]
-            if len(box) != 4:
-                raise ValueError
-        except ValueError as error:
-            raise UsageError(
-                f"line {number} of the boxes, {line.strip()[:60]!r}: expected left, upper, right, lower"
-            ) from error
-        boxes.append(box)
-        labels.append(label or str(number))
-    return Objects(np.array(boxes), size, labels=tuple(labels))
-
-
-def _of_file(path: str, size: tuple[int, int]) -> Objects:
-    _check_size(path)
-    return read_objects(path, size)
-
-
-def _check_size(path: str) -> None:
-    if Path(path).stat().st_size > _MOST_BYTES:
-        raise UsageError(f"the table has more than {_MOST_BYTES // 1_000_000} MB: keep the rows of this picture")
-
-
-def _nameless(error: Exception, file: str | None) -> str:
-    """A message without the place where the server keeps the file."""
-    return str(error) if file is None else str(error).replace(str(file), Path(file).name)
+    about: dict[str, Any] = {"target": looked.target_box, "objects": looked.objects}
+    return np.asarray(draw.draw_scanpaths(picture, points, **about, longer_side=_side(picture)))
 
 
 def _mean(values: Any) -> float | None:

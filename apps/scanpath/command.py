@@ -67,6 +67,7 @@ class Search:
         max_refixations: How often an object may be fixated again; None for any number.
         seed: Of chance; the same for each picture.
         draws: Whether pictures are written.
+        films: Whether the first few scanpaths are written as a film.
     """
 
     grid: tuple[int, int]
@@ -76,6 +77,7 @@ class Search:
     max_refixations: int | None = None
     seed: int = 0
     draws: bool = False
+    films: bool = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.target[0] < self.grid[0] and 0 <= self.target[1] < self.grid[1]):
@@ -121,6 +123,7 @@ def scanpath(
     ] = "3x9",
     samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="Scanpaths of each picture.")] = 20,
     draw: Annotated[bool, typer.Option("--draw", help="Also draw a scanpath, and where all of them look.")] = False,
+    gif: Annotated[bool, typer.Option("--gif", help="Also write the first few scanpaths as a film.")] = False,
     temperature: Annotated[
         float, typer.Option(min=0.01, max=100, help="Below 1 for likelier scanpaths, above for more varied ones.")
     ] = 1.0,
@@ -142,15 +145,15 @@ def scanpath(
 
     rows, columns = read_pair(grid, "--grid", "3x9")
     row, column = read_pair(target, "--target", "2,5")
-    search = Search((rows, columns), (row - 1, column - 1), samples, temperature, max_refixations, seed, draw)
+    search = Search((rows, columns), (row - 1, column - 1), samples, temperature, max_refixations, seed, draw, gif)
     folder = writing.output
     summary = run(
         "scanpath",
         RunOptions(reading, model, replace(writing, output=rows_file(folder)), machine),
         lambda net, compute, sources: ScanpathStage(net, compute, folder, sources.root, search),
         {
-            "grid": grid, "target": target, "samples": samples, "draw": draw, "temperature": temperature,
-            "max_refixations": max_refixations, "seed": seed,
+            "grid": grid, "target": target, "samples": samples, "draw": draw, "gif": gif,
+            "temperature": temperature, "max_refixations": max_refixations, "seed": seed,
         },
         cpu_batch=8,
         gpu_batch=32,

@@ -27,9 +27,14 @@ from ..models import Network, digest
 from ..pictures import PictureFolder, write_png
 from .command import Search
 
-__all__ = ["ResolvedOAT", "ScanpathStage", "sampled", "write_table"]
+__all__ = ["ResolvedOAT", "ScanpathStage", "sampled", "write_film", "write_table"]
 
 _VIEW_SIZE = 1024
+_FILM_SIZE, _FILMED, _FRAMES = (
+    480,
+    5,
+    80,
+)  # pixels of the longer side; scanpaths of a film, and fixations of all of them
 _COLUMNS = ("scanpath_id", "image", "target", "t", "x", "y")  # as `vision.scanpath.datasets.read_csv` reads them
 
 
@@ -108,7 +113,11 @@ class ScanpathStage(Stage):
         self._size: tuple[int, int] = model.config.crop_size
         framing = Framing((rows * columns * self._size[0], self._size[1]), 1.0, "squash")
         decoder = Decoder(
-            _Crops(self._grid, self._size), framing, 3, _VIEW_SIZE if search.draws else 0, keep_strips=True
+            _Crops(self._grid, self._size),
+            framing,
+            3,
+            _VIEW_SIZE if search.draws or search.films else 0,
+            keep_strips=True,
         )
         super().__init__(network, compute, decoder=decoder)
         self._model, self._search = model, search
@@ -117,9 +126,9 @@ class ScanpathStage(Stage):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """`target, found, steps, scanpaths`, and `drawing, density` if pictures are drawn."""
+        """`target, found, steps, scanpaths`, `drawing, density` if pictures are drawn, and `film` if one is written."""
         numbers = (Column("found", "number"), Column("steps", "number"))
-        files = ("scanpaths", "drawing", "density") if self._search.draws else ("scanpaths",)
+        files = ["scanpaths", *["drawing", "density"] * self._search.draws, *["film"] * self._search.films]
         return (Column("target", "text"), *numbers, *(Column(name, "text") for name in files))
 
     def run(self, images: torch.Tensor, batch: Batch, places: Sequence[int]) -> list[Row]:
@@ -145,9 +154,16 @@ class ScanpathStage(Stage):
         def write(base: str) -> Row:
             names = {"scanpaths": f"{base}.csv"}
             write_table(names["scanpaths"], encode_path(source.name), self._search.target_name, objects, paths)
-            if decoded.view is not None:
+            view = decoded.view
+            if view is not None and self._search.draws:
                 names |= {"drawing": f"{base}.scanpath.png", "density": f"{base}.density.png"}
-                self._draw(names["drawing"], names["density"], decoded.view, paths)
+                self._draw(names["drawing"], names["density"], view, paths)
+            if view is not None and self._search.films:
+                names["film"] = f"{base}.gif"
+                on_view = self._on(view)
+                write_film(
+                    names["film"], view.picture, on_view, self._target, [on_view.centres[path] for path in paths]
+                )
             return {column: encode_path(name) for column, name in names.items()}
 
         return found | self._folder.write(source, write, "scanpaths")
@@ -161,16 +177,19 @@ class ScanpathStage(Stage):
 
     def _draw(self, drawing: str, density: str, view: View, paths: Sequence[np.ndarray]) -> None:
         """The first scanpath, and the density of all."""
-        height, width = view.picture.shape[:2]
-        objects = self._grid.on((width, height))
+        objects = self._on(view)
         left, upper, right, lower = objects.boxes[self._target].tolist()
-        longer = max(64, width, height)
+        longer = max(64, *objects.size)
         points = [objects.centres[path] for path in paths]
         drawn = draw.draw_scanpaths(
             view.picture, points[0], target=(left, upper, right, lower), objects=objects, longer_side=longer
         )
         write_png(drawing, np.asarray(drawn))
         write_png(density, np.asarray(draw.draw_density(view.picture, points, longer_side=longer)))
+
+    def _on(self, view: View) -> Objects:
+        height, width = view.picture.shape[:2]
+        return self._grid.on((width, height))
 
 
 def sampled(
@@ -195,6 +214,37 @@ def sampled(
         generator=torch.Generator(device).manual_seed(search.seed),
     )  # fmt: skip
     return decoded.tolist()[0]
+
+
+def write_film(
+    name: str,
+    picture: Image.Image | np.ndarray,
+    objects: Objects,
+    target: int,
+    paths: Sequence[np.ndarray],
+    people: Sequence[np.ndarray] = (),
+) -> None:
+    """Writes the first few scanpaths one after another as a film, no more than keeps it small.
+
+    Args:
+        name: Of the file, .gif.
+        picture: RGB.
+        objects: Of the picture.
+        target: Which of them was searched for.
+        paths: Fixations of each scanpath in pixels, `[T, 2]`.
+        people: Recorded scanpaths to show beside them, if any; these begin again where there are fewer.
+    """
+    shown: list[dict[str, np.ndarray]] = []
+    for number, path in enumerate(paths[:_FILMED]):
+        beside = number % max(1, len(people))
+        one = {f"search {number + 1}": path}
+        one |= {f"person {beside + 1}": person for person in people[beside : beside + 1]}
+        if shown and sum(max(map(len, some.values())) for some in [*shown, one]) > _FRAMES:
+            break
+        shown.append(one)
+    left, upper, right, lower = objects.boxes[target].tolist()
+    side = max(64, min(_FILM_SIZE, 4 * max(map(int, objects.size))))
+    draw.write_gif(name, picture, shown, target=(left, upper, right, lower), objects=objects, longer_side=side)
 
 
 def write_table(name: str, image: str, target: str, objects: Objects, paths: Sequence[np.ndarray]) -> None:

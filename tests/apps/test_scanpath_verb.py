@@ -87,6 +87,20 @@ def test_pictures_are_drawn_when_asked_for(run, tmp_path, model, pictures):
                 assert (np.asarray(drawn.convert("RGB")) != np.asarray(picture)).any()
 
 
+def test_a_film_is_written_when_asked_for(run, tmp_path, model, pictures):
+    done = run(*GIVEN, "--gif", "--samples", "2")
+    assert done.code == 0, done.err
+    for row in rows_of(tmp_path / "out"):
+        assert "drawing" not in row
+        lengths = [len(path) for path in read_csv(tmp_path / row["scanpaths"]).scanpaths]
+        with Image.open(tmp_path / row["film"]) as film:
+            durations = []
+            for frame in range(getattr(film, "n_frames", 1)):
+                film.seek(frame)
+                durations.append(film.info["duration"])
+        assert sum(durations) == 400 * sum(lengths) + 2000
+
+
 def test_the_same_command_goes_on_and_another_target_is_another_command(run, tmp_path, model, pictures):
     assert run(*GIVEN).code == 0
     before = (tmp_path / "out/rows.jsonl").read_bytes()

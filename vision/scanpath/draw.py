@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -73,7 +73,7 @@ def draw_scanpaths(
 def write_gif(
     path: str | Path,
     picture: Image.Image | np.ndarray,
-    scanpaths: ArrayLike | Mapping[str, ArrayLike],
+    scanpaths: ArrayLike | Mapping[str, ArrayLike] | Sequence[Mapping[str, ArrayLike]],
     *,
     target: Box | None = None,
     objects: Objects | None = None,
@@ -85,30 +85,44 @@ def write_gif(
     Args:
         path: the file, .gif.
         picture: as in `draw_scanpaths`.
-        scanpaths: as in `draw_scanpaths`. Several run at a time, each at its own pace.
+        scanpaths: as in `draw_scanpaths`. Several by name run at a time, each at its own pace; in a list of such, of
+            equally many names each, one after the other.
         target: as in `draw_scanpaths`.
         objects: as in `draw_scanpaths`.
         longer_side: of each panel, in pixels.
         seconds: how long a fixation without a duration stays; durations are seconds here.
 
     Raises:
-        ValueError: as `draw_scanpaths`; also another suffix, or `seconds` that are not positive.
+        ValueError: as `draw_scanpaths`; also another suffix, `seconds` that are not positive, or a list with unequally
+            many names.
     """
     if Path(path).suffix.lower() != ".gif":
         raise ValueError(f"{path}: expected a name that ends in .gif.")
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds} must be positive.")
-    sheet = _Sheet(picture, scanpaths, target, objects, longer_side)
-    begins = [np.cumsum([0, *np.where(np.isnan(p[:, 2]), seconds, p[:, 2])]) for p in sheet.paths]
-    moments = np.unique(np.round(np.concatenate(begins), 2))  # a GIF counts hundredths of a second
-    frames = [sheet.drawn([int((times[:-1] <= now + 0.005).sum()) for times in begins]) for now in moments[:-1]]
-    frames = frames or [sheet.drawn()]
+    several = isinstance(scanpaths, Sequence) and len(scanpaths) and all(isinstance(one, Mapping) for one in scanpaths)
+    films: list[Any] = [*cast(Sequence[Any], scanpaths)] if several else [scanpaths]
+    if several and len({len(one) for one in films}) > 1:
+        raise ValueError(f"a film has as many panels all along, not {', '.join(str(len(one)) for one in films)}.")
+    frames, lasting = [], []
+    for one in films:
+        shown, times = _film(_Sheet(picture, one, target, objects, longer_side), seconds)
+        frames += shown
+        lasting += times
     # One palette for all, that of the last frame with everything in it, or the picture would flicker.
     palette = frames[-1].quantize(256)
     indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=lasting, loop=0, disposal=1)
+
+
+def _film(sheet: _Sheet, seconds: float) -> tuple[list[Image.Image], list[int]]:
+    """Frames, and how long each lasts in milliseconds."""
+    begins = [np.cumsum([0, *np.where(np.isnan(p[:, 2]), seconds, p[:, 2])]) for p in sheet.paths]
+    moments = np.unique(np.round(np.concatenate(begins), 2))  # a GIF counts hundredths of a second
+    frames = [sheet.drawn([int((times[:-1] <= now + 0.005).sum()) for times in begins]) for now in moments[:-1]]
     lasting = [round(1000 * step) for step in np.diff(moments)] or [1000]
     lasting[-1] += 1000
-    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=lasting, loop=0, disposal=1)
+    return frames or [sheet.drawn()], lasting
 
 
 def density_map(

@@ -14,8 +14,9 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from apps.demos.given import names_of, objects_of, people_of, target_of
 from apps.demos.host import Host
-from apps.demos.looking import drawn, likeness, objects_of, people_of, search, step, target_of
+from apps.demos.looking import drawn, likeness, search, step
 from apps.demos.uploads import samples
 from apps.errors import UsageError
 from apps.scanpath.command import Search
@@ -85,7 +86,10 @@ def test_boxes_of_a_file(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps([[0, 0, 40, 40], [100, 50, 140, 90]]))
     (tmp_path / "b.csv").write_text("xmin,ymin,xmax,ymax,label\n0,0,40,40,lamp\n100,50,140,90,cup\n")
     for name in ("b.json", "b.csv"):
-        assert len(objects_of((216, 108), 3, 9, "", str(tmp_path / name))) == 2
+        objects = objects_of((216, 108), 3, 9, "", str(tmp_path / name))
+        assert len(objects) == 2
+        with pytest.raises(UsageError, match="target"):  # no row and column where there is no grid
+            target_of(objects, "1, 2", 9)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UsageError) as caught:
         objects_of((216, 108), 3, 9, "", str(tmp_path / "bad.json"))
@@ -119,7 +123,7 @@ def test_people_beside_the_model(found, tmp_path):
         lines += [f"p{number},shelf,x,{t},{x},{y}" for t, (x, y) in enumerate(path.tolist())]
     file = tmp_path / "people.csv"
     file.write_text("\n".join(lines))
-    people = people_of(str(file), None)
+    people = people_of(str(file), found.objects.size, None, ())
     same = {
         row["metric"]: row["model"]
         for row in likeness(type(found)(found.objects, found.target, found.paths[:1]), {"p0": people["p0"]})
@@ -128,13 +132,62 @@ def test_people_beside_the_model(found, tmp_path):
     rows = likeness(found, people)
     assert [row["metric"] for row in rows][:3] == ["Sequence score", "Edit distance", "ScanMatch"]
     assert all(row["model"] is not None and row["means"] for row in rows) and rows[0]["people"] < 1
-    file.write_text("\n".join(["scanpath_id,image,target,t,x,y", "a,one,x,0,1,1", "b,two,x,0,1,1"]))
-    with pytest.raises(UsageError, match="those of one, two"):
-        people_of(str(file), None)
-    assert [*people_of(str(file), "two")] == ["b"]
-    file.write_text("scanpath_id,image,target,t,x,y\na,one,x,zero,1,1")
-    with pytest.raises(UsageError, match="line 2"):
-        people_of(str(file), None)
+
+
+HEADER = "scanpath_id,image,target,t,x,y\n"
+
+
+def test_people_of_the_picture_and_target_are_chosen(tmp_path, grid):
+    file, names = tmp_path / "people.csv", names_of(grid, 13, 9)
+    file.write_text(HEADER + "a,one,x,0,1,1\nb,two,x,0,1,1\nc,two,14,0,2,2")
+    assert [*people_of(str(file), grid.size, "one", names)] == ["a"]
+    assert [*people_of(str(file), grid.size, "two", names)] == ["c"]
+    file.write_text(HEADER + 'a,one,x,0,1,1\nb,one,"row 2, column 5",0,3,3')
+    assert [*people_of(str(file), grid.size, None, names)] == ["b"]
+    boxes = objects_of((216, 108), 3, 9, "0, 0, 40, 40, lamp\n100, 50, 140, 90", None)
+    assert names_of(boxes, 0, 9) == ["lamp", "1"] and names_of(boxes, 1, 9) == ["2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("a,one,x,0,1,1\nb,two,x,0,1,1", "those of one, two"),
+        ("a,one,x,0,1,1\nb,one,y,0,1,1", "searches for x, y, and none of these is called 'row 2, column 5'"),
+        ("a,one,x,zero,1,1", "people.csv, line 2"),
+        ("a,one,x,0,900,5\na,one,x,1,9,9\na,one,x,2,9,9", "another picture: a fixation lies at 900, 5"),
+        ("a,one,x,0,-5,5\na,one,x,1,-6,9\na,one,x,2,9,9", "33% of all lie in this picture"),
+        ("a,one,x,0,1e300,5", "another picture"),
+        ("".join(f"a,one,x,{n},9,9\n" for n in range(61)), "1 recorded scanpaths of up to 61 fixations are too many"),
+        ("".join(f"{n},one,x,0,9,9\n" for n in range(101)), "101 recorded scanpaths"),
+        ('"' + "a" * 200_000 + '",one,x,0,1,1', "built in another way: field larger"),
+        ("a,one,x,0,1,1\n" * 200_000, "more than 2 MB"),
+    ],
+)
+def test_people_that_cannot_be_compared_with(tmp_path, grid, rows, words):
+    file = tmp_path / "people.csv"
+    file.write_text(HEADER + rows)
+    with pytest.raises(UsageError, match=words) as caught:
+        people_of(str(file), grid.size, None, names_of(grid, 13, 9))
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        "5",
+        '{"images": 1, "annotations": 2}',
+        '{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}',
+        "[[1e400, 0, 1, 1]]",
+        "[[1" + "0" * 400 + ", 0, 1, 1]]",
+        '[{"image": [1], "xmin": 0}]',
+        '["abcd"]',
+    ],
+)
+def test_files_that_hold_no_boxes(tmp_path, content):
+    (tmp_path / "boxes.json").write_text(content)
+    with pytest.raises(UsageError, match="the objects cannot be read"):
+        objects_of((216, 108), 3, 9, "", str(tmp_path / "boxes.json"))
 
 
 def test_pictures_and_files(found):
@@ -143,8 +196,12 @@ def test_pictures_and_files(found):
     made = drawn(picture, found, {})
     assert made["scanpaths"].shape == made["density"].shape == (320, 640, 3)
     with Image.open(made["film"]) as film:
-        assert film.format == "GIF" and getattr(film, "n_frames", 1) > 2
+        assert film.format == "GIF" and getattr(film, "n_frames", 1) >= max(map(len, found.paths))
     assert Path(made["film"]).stat().st_size < 2_000_000
+    beside = drawn(picture, found, {"somebody": found.fixations()[1]})
+    assert beside["scanpaths"].shape[1] == 2 * 640 + 8
+    with Image.open(beside["film"]) as film:
+        assert film.width == 2 * 480 + 8
     assert len(read_csv(made["table"]).scanpaths) == 6
     first, second = step(picture, found, 1, 1), step(picture, found, 1, 2)
     assert np.abs(first.astype(int) - second).max() > 0

@@ -246,6 +246,14 @@ def test_several_scanpaths_run_at_their_own_pace(tmp_path: Path, plain: Image.Im
     assert model == sorted(model) and len(set(model)) == 2
 
 
+def test_scanpaths_in_a_list_run_one_after_another(tmp_path: Path, plain: Image.Image):
+    write_gif(tmp_path / "film.gif", plain, [{"one": PATH}, {"two": PATH[:2]}], longer_side=400, seconds=0.25)
+    frames, durations = frames_of(tmp_path / "film.gif")
+    assert durations == [250, 250, 250, 1250, 250, 1250]
+    blue = [int(tinted(frame, BLUE)[TITLE:].sum()) for frame in frames]
+    assert blue[:4] == sorted(blue[:4]) and blue[4] < blue[3] and abs(blue[5] - blue[1]) < 0.02 * blue[1]
+
+
 def test_a_film_of_nothing_is_the_picture(tmp_path: Path, plain: Image.Image):
     write_gif(tmp_path / "film.gif", plain, [], longer_side=100)
     with Image.open(tmp_path / "film.gif") as film:
@@ -273,6 +281,7 @@ WHITE = Image.new("RGB", (40, 20), "white")
         (lambda: draw_density(WHITE, [], sigma=-1), "must be positive"),
         (lambda: write_gif("film.png", WHITE, []), "film.png: expected a name that ends in .gif"),
         (lambda: write_gif("film.gif", WHITE, [], seconds=0), "seconds=0 must be positive"),
+        (lambda: write_gif("film.gif", WHITE, [{"a": []}, {"a": [], "b": []}]), "as many panels all along, not 1, 2"),
     ],
 )
 def test_bad_input_is_named(call: Any, says: str):
