@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from diffusion.pipelines import AStarPipelineOutput
 
-__all__ = ["attention_grid"]
+__all__ = ["attention_grid", "heat"]
 
 _INK, _FAINT, _GRID = (34, 34, 34), (110, 110, 110), (226, 226, 226)
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
@@ -109,7 +109,7 @@ def _map_rows(sample: _Sample, columns: int, tile: int) -> Image.Image:
         draw.text((x + width / 2, top - _GAP - 3), label, _FAINT, _font(), "ms")
         for row in range(rows):
             y, values = top + row * (height + _GAP), sample.maps[step, ..., row]
-            page.paste(Image.fromarray(_heat(grey, values / (largest or 1))), (x, y))
+            page.paste(Image.fromarray(heat(grey, values / (largest or 1))), (x, y))
             corner = (x + width - 5, y + height - 4)
             draw.text(corner, f"{values.max():.2f}", "white", _font(12), "rs", stroke_width=2, stroke_fill=_INK)
     for row, name in enumerate(names):
@@ -118,8 +118,17 @@ def _map_rows(sample: _Sample, columns: int, tile: int) -> Image.Image:
     return page
 
 
-def _heat(grey: np.ndarray, field: np.ndarray, opacity: float = 0.85) -> np.ndarray:
-    """A map `[h, w]` from 0 to 1 over a picture `(H, W, 3)`, uint8; where there is nothing, the picture shows."""
+def heat(grey: np.ndarray, field: np.ndarray, opacity: float = 0.85) -> np.ndarray:
+    """Draws a map over a picture, in viridis; where the map is 0, the picture shows.
+
+    Args:
+        grey: the picture, `(H, W, 3)`, uint8.
+        field: the map, `[h, w]`, from 0 to 1; it is stretched over the picture.
+        opacity: how much of the picture the largest values cover, 0 to 1.
+
+    Returns:
+        `(H, W, 3)`, uint8.
+    """
     height, width = grey.shape[:2]
     field = cv2.resize(field.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
     hot = _viridis(field)

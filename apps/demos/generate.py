@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-import numpy as np
 
-from .downloads import as_csv, handed_out, picture_file
+from .curves import curves
+from .downloads import as_csv, handed_out
 from .host import Host, said
+from .painting import COLOURS, editor, regions
 from .permalink import restore, write
+from .subjects import MOST_LETTERS, among, joined, kept, legend, nouns, words
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .generating import Drawn, Order
 
 __all__ = ["ABOUT", "TITLE", "page"]
 
@@ -19,18 +30,23 @@ TITLE = "Generate"
 ABOUT = "Text to images in which no subject gets lost: plain beside A-STAR and Attend-and-Excite, from the same noise."
 
 _METHODS = ("plain", "A-STAR", "Attend-and-Excite")
-_PROMPTS = (
-    "a red circle and a blue square",
-    "a green triangle and a yellow diamond",
-    "a blue square and a yellow diamond",
+_SHIPPED_EXAMPLES = (  # with seeds of which the plain picture lacks something that A-STAR's has
+    ("a red circle and a blue square", ["circle", "square"], 1),
+    ("a green triangle and a yellow diamond", ["triangle", "diamond"], 12),
+    ("a blue square and a yellow diamond", ["square", "diamond"], 14),
 )
-_NOTE = """The model that comes with the suite knows a red circle, a blue square, a green triangle and a yellow
-diamond on 32 × 32 pixels, and often loses one of two: there is something to guide. Any Stable Diffusion takes its place
-with `attnsuite demo generate --model OWNER/NAME`."""
-# Okabe and Ito's colours, in the order of the subjects.
-_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7")
-_CANVAS = 256
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+_EXAMPLES = (
+    ("a cat and a frog", ["cat", "frog"], 0),
+    ("a red car and a blue bench", ["car", "bench"], 0),
+    ("a lion with a crown", ["lion", "crown"], 0),
+)
+_NOTE = """The model that ships knows a red circle, a blue square, a green triangle and a yellow diamond on 32 × 32
+pixels, and often loses one of two: there is something to guide. Any Stable Diffusion takes its place with
+`attnsuite demo generate --model OWNER/NAME`."""
+_REGIONS = """Where subjects shall be, for A-STAR; the plain picture stays as it is. Regions stay out of the link."""
+_SHOWN_SIDE = 256
+_VIRIDIS = "#440154,#3b528b,#21918c,#5ec962,#fde725"
+_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
 def page(host: Host, blocks: gr.Blocks) -> None:
@@ -40,207 +56,268 @@ def page(host: Host, blocks: gr.Blocks) -> None:
         host: The server.
         blocks: What holds the page.
     """
+    note, suits = _NOTE, {"steps": 15, "guidance_scale": 3}
     if host.settings.model is not None:
         from ..generate.models import find
 
-        find(host.settings.model, may_fetch=True)
-    gr.Markdown(_NOTE)
-    kept = gr.State([], time_to_live=1800)
+        model = find(host.settings.model)
+        suits = {"steps": 50, **model.suits}
+        if not model.shipped:
+            folder = Path(host.settings.model).expanduser()
+            note = f"Drawing is <code>{html.escape(folder.name if folder.is_dir() else model.name)}</code>."
+    gr.Markdown(note)
+    drawn = gr.State([], time_to_live=1800)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            controls = _controls()
-            painted = _regions()
+            controls = _controls(suits, note == _NOTE)
             with gr.Row():
-                run = gr.Button("Draw", variant="primary", elem_id="generate-run")
-                stop = gr.Button("Stop", elem_id="generate-stop")
+                run = gr.Button("Draw", variant="primary", elem_id="generate-run", min_width=120)
+                stop = gr.Button("Stop", elem_id="generate-stop", min_width=120)
         with gr.Column(scale=3, min_width=300):
             outputs = _outputs()
-    event = run.click(
+            step, maps = outputs.pop("step"), outputs.pop("maps")
+    status = outputs["status"]
+    event = gr.on(
+        [run.click, controls["prompt"].submit],
         _drawer(host),
-        [*controls.values(), painted],
-        [*outputs.values(), kept],
+        [*controls.values()],
+        [*outputs.values(), drawn],
         api_name="generate",
+        show_progress="minimal",
+        show_progress_on=status,
         **host.heavy,
     )
     stopped = stop.click(None, None, None, cancels=[event], **_PRIVATE)
-    stopped.then(lambda: "Stopped.", None, outputs["status"], **_PRIVATE)
-    _over_time(event, kept)
-    link = {name: control for name, control in controls.items() if name != "layout"}
+    stopped.then(lambda: "Stopped.", None, status, **_PRIVATE)
+    event.success(_last_step, drawn, step, **_PRIVATE).then(_maps, [drawn, step], maps, **_PRIVATE)
+    step.input(_maps, [drawn, step], maps, trigger_mode="always_last", **_PRIVATE)
+    link = {name: controls[name] for name in controls if name not in ("layout", "painted")}
     write(event, link)
     restore(blocks, link, "generate-run")
 
 
-def _controls() -> dict[str, Any]:
-    """The controls, by the names of the API; the words of the prompt set the subjects when they are clicked."""
-    prompt = gr.Textbox(_PROMPTS[0], label="Prompt", lines=2, max_length=300, elem_id="generate-prompt")
-    gr.Examples([[one] for one in _PROMPTS], prompt, label="Examples", elem_id="generate-examples")
-    words = gr.CheckboxGroup(
-        ["red", "circle", "blue", "square"], value=["circle", "square"], label="Click the words that are subjects",
-        elem_id="generate-words",
-    )  # fmt: skip
-    subjects = gr.Textbox(
-        "circle, square", label="Subjects, separated by commas", max_length=300, elem_id="generate-subjects"
+def _controls(suits: dict[str, Any], shipped: bool) -> dict[str, Any]:
+    """The controls, by the names of the API."""
+    offered = _SHIPPED_EXAMPLES if shipped else _EXAMPLES
+    first, found, its_seed = offered[0]
+    prompt = gr.Textbox(first, label="Prompt", max_length=MOST_LETTERS, elem_id="generate-prompt")
+    samples = [[one] for one, _, _ in offered]
+    examples = gr.Dataset(
+        components=[prompt], samples=samples, label="Examples", type="index", elem_id="generate-examples"
     )
+    clicked = gr.CheckboxGroup(
+        words(first), value=found, label="Click the words that are subjects", elem_id="generate-words",
+        info="As you type, the things that the model knows are chosen for you." if shipped else None,
+    )  # fmt: skip
+    subjects = gr.Dropdown(
+        words(first), value=found, multiselect=True, allow_custom_value=True, elem_id="generate-subjects",
+        label="Subjects", info="Type here for one of several words, such as: fire truck",
+    )  # fmt: skip
+    # Gradio would tell programs that the words of the first prompt are all that there can be
+    any_words = {"type": "array", "items": {"type": "string"}}
+    setattr(subjects, "api_info", lambda: any_words)  # noqa: B010 - of this one
     methods = gr.CheckboxGroup(_METHODS, value=["plain", "A-STAR"], label="Methods", elem_id="generate-methods")
     with gr.Row():
         seed = gr.Number(
-            0, label="Seed", minimum=0, maximum=2**31 - 1, precision=0, elem_id="generate-seed", min_width=90
+            its_seed, label="Seed", minimum=0, maximum=2**31 - 1, precision=0, elem_id="generate-seed", min_width=120
         )
-        steps = gr.Slider(1, 100, value=15, step=1, label="Steps", elem_id="generate-steps", min_width=160)
-    guidance_scale = gr.Slider(1, 20, value=3, step=0.5, label="Guidance scale", elem_id="generate-scale")
-    layout = gr.Textbox(
-        "", label="Regions as JSON", placeholder='{"circle": [0, 0, 0.5, 1]}', max_length=2000,
-        elem_id="generate-layout",
-        info="Left, top, right, bottom, in fractions of the picture; or paint them below",
-    )  # fmt: skip
+        steps = gr.Slider(1, 100, value=suits["steps"], step=1, label="Steps", elem_id="generate-steps", min_width=180)
+        scale = gr.Slider(
+            0, 20, value=suits["guidance_scale"], step=0.5, label="Guidance scale", elem_id="generate-scale",
+            min_width=180,
+        )  # fmt: skip
+    layout, painted = _regions(subjects)
+    _follow(prompt, clicked, subjects, shipped)
 
-    def split(prompt: str, before: str) -> list[Any]:
-        from .generating import nouns, words
+    def picked(at: int) -> list[Any]:
+        text, its_subjects, its_seed = offered[at]
+        return [text, gr.Dropdown(words(text), value=its_subjects), its_seed]
 
-        found = words(prompt)
-        known = nouns(prompt) or [word.strip() for word in before.split(",") if word.strip() in found]
-        return [gr.CheckboxGroup(found, value=known), ", ".join(known)]
-
-    prompt.input(split, [prompt, subjects], [words, subjects], queue=False, **_PRIVATE)
-    prompt.change(
-        lambda prompt, subjects: gr.CheckboxGroup(_words(prompt), value=_chosen(prompt, subjects)),
-        [prompt, subjects], words, queue=False, **_PRIVATE,
-    )  # fmt: skip
-    words.input(lambda chosen: ", ".join(chosen), words, subjects, queue=False, **_PRIVATE)
+    examples.click(picked, examples, [prompt, subjects, seed], **_PRIVATE)
     return {
         "prompt": prompt, "subjects": subjects, "methods": methods, "seed": seed, "steps": steps,
-        "guidance_scale": guidance_scale, "layout": layout,
+        "guidance_scale": scale, "layout": layout, "painted": painted,
     }  # fmt: skip
 
 
-def _words(prompt: str) -> list[str]:
-    from .generating import words
-
-    return words(prompt)
-
-
-def _chosen(prompt: str, subjects: str) -> list[str]:
-    """Those of the subjects that are single words of the prompt."""
-    return [word for word in _words(prompt) if word in [one.strip() for one in subjects.split(",")]]
-
-
-def _regions() -> gr.ImageEditor:
-    with gr.Accordion("Paint where subjects shall be", open=False):
-        names = ", ".join(("orange", "blue", "green", "pink"))
-        gr.Markdown(f"One colour for each subject, in the order of their names: {names}.")
-        return gr.ImageEditor(
-            np.full((_CANVAS, _CANVAS, 3), 255, np.uint8), label="Regions", elem_id="generate-regions", type="numpy",
-            brush=gr.Brush(default_size=40, colors=list(_COLOURS), default_color=_COLOURS[0], color_mode="fixed"),
-            sources=(), transforms=(), layers=False, canvas_size=(_CANVAS, _CANVAS), height=380,
+def _regions(subjects: gr.Dropdown) -> tuple[gr.Textbox, gr.ImageEditor]:
+    with gr.Accordion("Regions: paint where subjects shall be", open=False, elem_id="generate-places"):
+        gr.Markdown(_REGIONS)
+        key = gr.HTML(legend(subjects.value or [], COLOURS), elem_id="generate-legend")
+        painted = editor("Painted regions", elem_id="generate-regions", height=380)
+        layout = gr.Textbox(
+            "", label="Or written, as JSON", placeholder='{"circle": [0, 0, 0.5, 1]}', max_length=2000,
+            elem_id="generate-layout", info="Left, top, right and bottom, from 0 to 1",
         )  # fmt: skip
+    subjects.change(lambda chosen: legend(_texts(chosen), COLOURS), subjects, key, **_PRIVATE)
+    return layout, painted
+
+
+def _follow(prompt: gr.Textbox, clicked: gr.CheckboxGroup, subjects: gr.Dropdown, shipped: bool) -> None:
+    """Words to click are those of the prompt, and what is clicked are subjects."""
+
+    def typed(text: str, before: Any) -> Any:
+        chosen = kept(text, _texts(before))
+        return gr.Dropdown(words(text), value=[*dict.fromkeys([*chosen, *(nouns(text) if shipped else [])])])
+
+    def shown(text: str, chosen: Any) -> Any:
+        return gr.CheckboxGroup(words(text), value=among(text, _texts(chosen)))
+
+    def clicks(text: str, chosen: Any, before: Any) -> list[str]:
+        return joined(text, _texts(chosen), _texts(before))
+
+    prompt.input(typed, [prompt, subjects], subjects, trigger_mode="always_last", **_PRIVATE)
+    gr.on([prompt.change, subjects.change], shown, [prompt, subjects], clicked, trigger_mode="always_last", **_PRIVATE)
+    clicked.input(clicks, [prompt, clicked, subjects], subjects, **_PRIVATE)
+
+
+def _texts(given: Any) -> list[str]:
+    """What a control gives, which programs may fill with anything."""
+    return [one.strip() for one in given if isinstance(one, str)] if isinstance(given, list) else []
 
 
 def _outputs() -> dict[str, Any]:
-    status = gr.Textbox(label="Progress", elem_id="generate-status", interactive=False, max_lines=3)
+    status = gr.Textbox(
+        "Draw, and pictures of the same noise come here.", label="Progress", elem_id="generate-status",
+        interactive=False, max_lines=3,
+    )  # fmt: skip
     pictures = gr.Gallery(
-        label="Pictures", elem_id="generate-pictures", columns=3, object_fit="contain", height=320, buttons=["download"]
+        label="Pictures", elem_id="generate-pictures", columns=3, rows=1, object_fit="contain", height="max-content",
+        format="png", interactive=False, buttons=["download", "fullscreen"],
+    )  # fmt: skip
+    step = gr.Slider(
+        1, 100, value=1, step=1, label="Attention to each subject, at step", elem_id="generate-step", visible=False
     )
-    curves = gr.Gallery(
-        label="Maps and losses over time", elem_id="generate-curves", columns=2, object_fit="contain", height=360
-    )
+    maps = gr.HTML(elem_id="generate-maps")
+    losses = gr.HTML(elem_id="generate-losses")
     with gr.Row():
-        table = gr.DownloadButton("Losses, CSV", elem_id="generate-csv", size="sm")
-        sheet = gr.DownloadButton("Pictures side by side, PNG", elem_id="generate-png", size="sm")
+        table = gr.DownloadButton("Losses, CSV", elem_id="generate-csv", size="sm", min_width=140)
+        archive = gr.DownloadButton("Pictures and maps, ZIP", elem_id="generate-zip", size="sm", min_width=140)
     facts = gr.JSON(label="All of it as JSON", visible=False)
-    return {"status": status, "pictures": pictures, "curves": curves, "table": table, "sheet": sheet, "facts": facts}
+    return {
+        "status": status, "pictures": pictures, "step": step, "maps": maps, "losses": losses, "table": table,
+        "archive": archive, "facts": facts,
+    }  # fmt: skip
 
 
 def _drawer(host: Host) -> Any:
     def generate(
         prompt: str,
-        subjects: str,
+        subjects: list[str],
         methods: list[str],
-        seed: float,
-        steps: float,
+        seed: int,
+        steps: int,
         guidance_scale: float,
-        layout: str,
-        painted: Any,
+        layout: str = "",
+        painted: Any = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio is asked for it
     ) -> Iterator[tuple[Any, ...]]:
         """Pictures of a prompt, plain and with guided attention, from the same noise.
 
         Args:
             prompt: What to draw.
-            subjects: Words of the prompt that each get a place of their own, separated by commas.
+            subjects: Words of the prompt that each get a place of their own, such as ["circle", "square"].
             methods: Some of "plain", "A-STAR", "Attend-and-Excite".
             seed: Of the noise.
             steps: Of the sampler, 1 to 100.
-            guidance_scale: Of classifier-free guidance.
+            guidance_scale: Of classifier-free guidance, 0 to 20.
             layout: Where subjects shall be, JSON such as {"circle": [0, 0, 0.5, 1]}; "" for anywhere.
             painted: The same painted, as gr.ImageEditor has it; null for nothing.
         """
         with said():
-            from .generating import Drawn, Step, drawn_by, order, regions
+            from .generating import Drawn, Note, Step, drawn_by, order
 
-            named = [one.strip() for one in (subjects or "").split(",") if one.strip()]
-            places = regions(painted, named, _COLOURS, layout or "")
-            wanted = order(host, prompt or "", subjects or "", seed, steps, guidance_scale, methods or [], places)
+            named = [one.strip() for one in subjects.split(",")] if isinstance(subjects, str) else subjects or []
+            places = regions(painted, named, layout or "")
+            wanted = order(host, prompt or "", named, seed, steps, guidance_scale, methods or [], places)
             drawn: list[Drawn] = []
-            note = ""
+            notes: list[str] = []
+            status, pictures = "Waiting", []
             for what in drawn_by(host, wanted):
                 if isinstance(what, Drawn):
                     drawn.append(what)
-                    continue
-                if isinstance(what, Step):
-                    progress((what.done, what.steps), desc=what.method, unit="steps")
-                    status = f"{what.method}: step {what.done} of {what.steps}"
-                else:
+                    pictures.append((_enlarged(what.image), what.method))
+                elif isinstance(what, Note):
+                    notes.append(what.text)
+                elif isinstance(what, Step):
+                    status = f"Step {what.done} of {what.steps}, {what.method}"
+                    progress((what.done, what.steps), desc=status, unit="steps")
+                elif what is not None:
                     status = what
-                    note = f" {what}" if "does not know" in what else note
-                yield status, *[gr.skip()] * 6
-            yield f"Done.{note}", *_shown(drawn), _facts(wanted, drawn), drawn
+                    progress(0, desc=status)
+                shown = [*pictures] if isinstance(what, Drawn) else gr.skip()
+                yield status, shown, *[gr.skip()] * 5
+            yield " ".join(["Done.", *notes]), pictures, *_results(drawn), _facts(wanted, drawn, notes), drawn
 
     return generate
 
 
-def _shown(drawn: Sequence[Any]) -> tuple[Any, ...]:
-    """Pictures, curves, and files of both."""
-    scaled = [(one.image.resize([max(256, side) for side in one.image.size], 0), one.method) for one in drawn]
-    curves = [(one.grid, one.method) for one in drawn if one.grid is not None]
+def _enlarged(image: Image) -> Image:
+    """A small picture with each pixel as a square, and a large one as it is."""
+    times = max(1, _SHOWN_SIDE // max(image.size))
+    return image.resize((image.width * times, image.height * times), 0)
+
+
+def _results(drawn: Sequence[Drawn]) -> tuple[Any, ...]:
+    """The curves, and files of everything."""
+    from .generating import packed
+
     rows = [
         {"method": one.method, "step": step + 1, **{name: float(values[step]) for name, values in one.losses.items()}}
         for one in drawn
-        for step in range(len(next(iter(one.losses.values()), ())))
+        if one.maps is not None
+        for step in range(len(one.maps))
     ]
+    lines = curves({one.method: {name: [*map(float, own)] for name, own in one.losses.items()} for one in drawn})
     table = handed_out("losses.csv", as_csv(rows)) if rows else None
-    side_by_side = np.hstack([np.asarray(image.convert("RGB")) for image, _ in scaled])
-    return scaled, curves, table, picture_file("pictures.png", side_by_side)
+    return lines, table, handed_out("generated.zip", packed(drawn))
 
 
-def _facts(wanted: Any, drawn: Sequence[Any]) -> dict[str, Any]:
+def _facts(wanted: Order, drawn: Sequence[Drawn], notes: Sequence[str]) -> dict[str, Any]:
     settings = wanted.settings
     losses = {
-        one.method: {name: [round(float(value), 6) for value in values] for name, values in one.losses.items()}
+        one.method: {
+            name: [round(float(value), 6) if math.isfinite(value) else None for value in values]
+            for name, values in one.losses.items()
+        }
         for one in drawn
     }
     return {
         "prompt": settings.prompt, "subjects": list(settings.subjects), "model": settings.model, "seed": settings.seed,
         "steps": settings.steps, "guidance_scale": settings.guidance_scale, "methods": list(wanted.methods),
-        "losses": losses,
+        "notes": list(notes), "losses": losses,
     }  # fmt: skip
 
 
-def _over_time(event: Any, kept: gr.State) -> None:
-    """The maps of the subjects at any step, without drawing again."""
-    gr.Markdown("## Where each subject is, step by step")
-    step = gr.Slider(1, 100, value=1, step=1, label="Step", elem_id="generate-step")
-    maps = gr.Gallery(label="Attention to each subject", elem_id="generate-maps", columns=4, height=300)
+def _last_step(drawn: Sequence[Drawn]) -> Any:
+    steps = max((len(one.maps) for one in drawn if one.maps is not None), default=0)
+    return gr.Slider(maximum=max(steps, 2), value=max(steps, 1), visible=steps > 0)
 
-    def show(drawn: Any, step: float) -> Any:
-        with said():
-            from .generating import maps_at
 
-            return [(picture, html.escape(name)) for picture, name in maps_at(drawn or [], int(step))]
+def _maps(drawn: Sequence[Drawn] | None, step: float) -> str:
+    """The maps of one step as HTML: a row for each method, a column for each subject."""
+    with said():
+        from .generating import maps_at
 
-    def ready(drawn: Any) -> Any:
-        steps = max((len(one.maps) for one in drawn if one.maps is not None), default=1)
-        return gr.Slider(maximum=max(steps, 2), value=steps)
-
-    done = event.success(ready, kept, step, queue=False, **_PRIVATE)
-    done.then(show, [kept, step], maps, **_PRIVATE)
-    step.release(show, [kept, step], maps, **_PRIVATE)
+        rows, largest = maps_at(drawn or [], int(step or 1))
+        if not rows:
+            return ""
+        cells = ""
+        for method, maps in rows:
+            for subject, picture in maps:
+                content = io.BytesIO()
+                picture.save(content, "JPEG", quality=88)
+                source = base64.b64encode(content.getvalue()).decode()
+                name = f"{html.escape(method)}: {html.escape(subject)}"
+                cells += (
+                    f'<figure style="margin:0;min-width:0"><img src="data:image/jpeg;base64,{source}" alt="{name}" '
+                    f'style="width:100%;border-radius:.3rem"><figcaption style="overflow-wrap:anywhere">{name}'
+                    "</figcaption></figure>"
+                )
+        bar = f"width:6rem;height:.7rem;border-radius:.2rem;background:linear-gradient(90deg,{_VIRIDIS})"
+        scale = (
+            '<p style="display:flex;gap:.5rem;align-items:center;margin:0 0 .4rem">0 '
+            f'<span style="{bar}"></span> {largest:.2f}, one scale for all steps</p>'
+        )
+        columns = f"repeat({len(rows[0][1])},minmax(0,14rem))"
+        return f'{scale}<div style="display:grid;grid-template-columns:{columns};gap:.6rem">{cells}</div>'

@@ -4,41 +4,41 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import queue
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cv2
 import numpy as np
 from diffusers.utils import logging as of_diffusers
 from PIL import Image
 from transformers.utils import logging as of_transformers
 
-from diffusion.attention_maps import find_subjects
-from diffusion.draw import attention_grid
+from diffusion.draw import attention_grid, heat
+from diffusion.pipelines import find_concepts
 
 from ..batch.stage import pick_device
 from ..errors import UsageError
 from ..generate import models
 from ..generate.drawing import called
-from ..generate.settings import Settings, read_subjects
+from ..generate.machine import repeatable, usual_dtype
+from ..generate.settings import Settings, place_of
 from .host import Host
+from .subjects import MOST_LETTERS
 
-__all__ = ["LOSSES", "Drawn", "Order", "Step", "drawn_by", "maps_at", "nouns", "order", "regions", "words"]
+__all__ = ["LOSSES", "Drawn", "Note", "Order", "Step", "drawn_by", "maps_at", "order", "packed"]
 
 LOSSES: Mapping[str, Mapping[str, float]] = {
     "plain": {},
     "A-STAR": {"segregation": 1.0, "retention": 1.0},
     "Attend-and-Excite": {"attend_and_excite": 1.0},
 }
-_MOST_STEPS, _MOST_LETTERS = 100, 300
-_NOUNS = ("circle", "square", "triangle", "diamond")  # of the model that ships; nothing is known of others
-_NO_SUBJECTS = ("a", "an", "and", "at", "in", "of", "on", "or", "the", "to", "under", "with")
-_SHOWN_SIDE = 256
+_MOST_STEPS, _MOST_SUBJECTS, _MOST_SCALE = 100, 8, 20
+_SHOWN_SIDE = 192
+_PATIENCE = 0.5  # seconds after which whoever listens is told that there is nothing new, and may leave
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,12 @@ class Order:
     Attributes:
         settings: Of the guided picture.
         methods: Names of `LOSSES`, in the order in which they are drawn.
+        model: What draws.
     """
 
     settings: Settings
     methods: tuple[str, ...]
+    model: models.Model
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class Step:
     method: str
     done: int
     steps: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """What the visitor should know of the pictures."""
+
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +82,7 @@ class Drawn:
         subjects: Names of the subjects, K of them.
         maps: Attention to each at each step, `[steps, H, W, K]`, float16, in [0, 1]; None without subjects.
         losses: Of these maps, `[steps]` each.
-        grid: Picture, maps and losses over time in one picture; None without subjects.
+        grid: Picture, maps and losses over time as a PNG; None without subjects.
     """
 
     method: str
@@ -81,34 +90,23 @@ class Drawn:
     subjects: Sequence[str]
     maps: np.ndarray | None
     losses: Mapping[str, np.ndarray]
-    grid: Image.Image | None
+    grid: bytes | None
 
 
 class _Stopped(Exception):
     """The visitor has gone, or pressed stop."""
 
 
-def words(prompt: str) -> list[str]:
-    """The words of a prompt, each once, in order, without those that cannot be subjects."""
-    found = re.findall(r"[\w'-]+", prompt[:_MOST_LETTERS])
-    return [word for word in dict.fromkeys(found) if word.lower() not in _NO_SUBJECTS]
-
-
-def nouns(prompt: str) -> list[str]:
-    """Those of its words that the model that ships knows as things."""
-    return [word for word in words(prompt) if word.lower() in _NOUNS]
-
-
 def order(
-    host: Host, prompt: str, subjects: str, seed: float, steps: float, guidance_scale: float, methods: Sequence[str],
-    layout: Mapping[str, Any],
+    host: Host, prompt: str, subjects: Sequence[str], seed: float, steps: float, guidance_scale: float,
+    methods: Sequence[str], layout: Mapping[str, Any],
 ) -> Order:  # fmt: skip
     """Checks what a visitor asks for.
 
     Args:
         host: The server.
         prompt: The text.
-        subjects: Words of it, separated by commas.
+        subjects: Words of it.
         seed: Of the noise.
         steps: Of the sampler.
         guidance_scale: Of classifier-free guidance.
@@ -118,121 +116,168 @@ def order(
     Raises:
         UsageError: Something is missing, unknown or out of range.
     """
-    if len(prompt) > _MOST_LETTERS:
-        raise UsageError(f"the prompt has {len(prompt):,} letters: at most {_MOST_LETTERS} are taken here")
+    if len(prompt) > MOST_LETTERS:
+        raise UsageError(f"the prompt has {len(prompt):,} letters: at most {MOST_LETTERS} are taken here")
     if unknown := [method for method in methods if method not in LOSSES]:
         raise UsageError(f"there is no method {unknown[0]!r}: expected some of {', '.join(LOSSES)}")
     if not methods:
         raise UsageError(f"no method is chosen: choose some of {', '.join(LOSSES)}")
-    numbers = {"seed": seed, "steps": steps}
-    if any(value is None or value != int(value) for value in numbers.values()) or not 1 <= steps <= _MOST_STEPS:
-        raise UsageError(f"seed {seed}, steps {steps}: expected whole numbers, and 1 to {_MOST_STEPS} steps")
-    named = read_subjects([subjects]) if subjects.strip() else ()
-    guided = [method for method in methods if LOSSES[method]]
-    if guided and len(named) < 2:
-        raise UsageError(f"{guided[0]} keeps subjects apart: name two or more, words of the prompt")
+    _check_number("the seed", seed, 0, 2**31 - 1, whole=True)
+    _check_number("the steps", steps, 1, _MOST_STEPS, whole=True)
+    _check_number("the guidance scale", guidance_scale, 0, _MOST_SCALE)
+    _check_subjects(subjects, methods)
     model = models.find(host.settings.model or models.SHIPPED)
     settings = Settings(
         **{
-            **model.defaults, "prompt": prompt, "subjects": named, "model": model.name, "seed": int(seed),
+            **model.suits, "prompt": prompt, "subjects": tuple(subjects), "model": model.name, "seed": int(seed),
             "steps": int(steps), "guidance_scale": guidance_scale, "layout": dict(layout),
+            "dtype": usual_dtype(pick_device(host.settings.device)),
         }
     )  # fmt: skip
-    return Order(settings, tuple(dict.fromkeys(methods)))
+    return Order(settings, tuple(dict.fromkeys(methods)), model)
 
 
-def drawn_by(host: Host, wanted: Order) -> Iterator[Step | Drawn | str]:
-    """Draws one picture after the other.
+def _check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    if not fits or (whole and value != int(value)):
+        raise UsageError(f"{name}: expected a {'whole ' * whole}number from {least:,} to {most:,}, not {value}")
+
+
+def _check_subjects(subjects: Sequence[str], methods: Sequence[str]) -> None:
+    if not all(isinstance(subject, str) and subject.strip() for subject in subjects):
+        raise UsageError("the subjects: expected words of the prompt")
+    if len(subjects) > _MOST_SUBJECTS:
+        raise UsageError(f"{len(subjects)} subjects are too many to be kept apart: at most {_MOST_SUBJECTS} are taken")
+    if "A-STAR" in methods and len(subjects) < 2:
+        raise UsageError("A-STAR keeps subjects apart: choose two or more, words of the prompt")
+    if "Attend-and-Excite" in methods and not subjects:
+        raise UsageError("Attend-and-Excite strengthens subjects: choose one or more, words of the prompt")
+
+
+def drawn_by(host: Host, wanted: Order) -> Iterator[Step | Drawn | Note | str | None]:
+    """Draws one picture after the other, in a thread of its own.
 
     Args:
         host: The server.
         wanted: What is asked for.
 
     Yields:
-        A note, each step that is done, and each picture. Whoever stops to listen stops the work within a step: the
-        pipeline runs in a thread of its own, which is seen off before this generator is closed.
+        In words what is waited for, notes, each step that is done, each picture, and None where for a while there is
+        nothing new. Once this generator is closed the work ends within a step, and the model goes back to the pool.
 
     Raises:
         UsageError: A subject is not in the prompt, or the model does not take these settings.
     """
-    model = models.find(wanted.settings.model)
-    device = pick_device(host.settings.device)
-    key = ("diffusion", model.name, model.identity)
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    gone = threading.Event()
+
+    def tell(what: Any) -> None:
+        if gone.is_set():
+            raise _Stopped
+        told.put(what)
+
+    def work() -> None:
+        try:
+            _draw(host, wanted, tell)
+            told.put(StopIteration())
+        except BaseException as error:
+            told.put(error)
+
+    threading.Thread(target=work, name="drawing", daemon=True).start()
+    try:
+        while True:
+            try:
+                what = told.get(timeout=_PATIENCE)
+            except queue.Empty:
+                yield None
+                continue
+            if isinstance(what, StopIteration):
+                return
+            if isinstance(what, BaseException):
+                raise what
+            yield what
+    finally:
+        gone.set()
+
+
+def _draw(host: Host, wanted: Order, tell: Callable[[Any], None]) -> None:
+    """Draws, telling of it; whatever `tell` raises ends it."""
+    model, device = wanted.model, pick_device(host.settings.device)
 
     def load() -> Any:
+        tell(f"Loading {model.name}")
         for library in (of_diffusers, of_transformers):
             library.disable_progress_bar()  # they would draw on the server's terminal
-        return models.load(model, device, "float32")
+        return models.load(model, device, wanted.settings.dtype)
 
-    yield f"Loading {model.name}" if key not in host.pool.names else f"Waiting for {model.name}"
-    with host.pool.use(key, load) as pipe:
-        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        settings = replace(wanted.settings, height=side, width=side)
-        yield from _notes(pipe, settings, model.shipped)
-        for method in wanted.methods:
-            yield from _listened(pipe, settings, method)
+    key = ("diffusion", model.name, model.identity)
+    with host.pool.use(key, load, lambda: tell(f"Waiting for others to be done with {model.name}")) as pipe:
+        settings = _fitted(pipe, wanted.settings)
+        for note in _notes(pipe, replace(wanted, settings=settings)):
+            tell(Note(note))
+        with repeatable(device):
+            for method in wanted.methods:
+                tell(_drawn(pipe, settings, method, tell))
 
 
-def _notes(pipe: Any, settings: Settings, shipped: bool) -> Iterator[str]:
-    """What the visitor should know before anything is drawn."""
-    if settings.subjects:
-        try:
-            find_subjects(pipe.tokenizer, settings.prompt, settings.subjects)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+def _fitted(pipe: Any, settings: Settings) -> Settings:
+    """The settings with the model's size of pictures, and masks of that size."""
+    height, width = models.picture_size(pipe)
+    layout = {}
+    for subject, place in settings.layout.items():
+        mask = place_of(place)
+        if isinstance(mask, Image.Image):
+            content = io.BytesIO()
+            mask.resize((width, height), Image.Resampling.BOX).save(content, "PNG")
+            place = base64.b64encode(content.getvalue()).decode()
+        layout[subject] = place
+    return replace(settings, height=height, width=width, layout=layout)
+
+
+def _notes(pipe: Any, wanted: Order) -> list[str]:
+    """What the visitor should know before anything is drawn.
+
+    Raises:
+        UsageError: It cannot be drawn like that.
+    """
+    settings, notes = wanted.settings, []
     tokens = len(pipe.tokenizer(settings.prompt, verbose=False)["input_ids"])
     if tokens > pipe.tokenizer.model_max_length:
         raise UsageError(
             f"the prompt has {tokens} tokens, of which the model reads {pipe.tokenizer.model_max_length}: shorten it"
         )
-    if shipped:
+    if settings.subjects:
+        layout = {subject: place_of(place) for subject, place in settings.layout.items()}
+        try:
+            size = settings.height, settings.width
+            find_concepts(pipe, settings.prompt, settings.subjects, layout=layout, size=size)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    if wanted.model.shipped:
         unknown, known = models.unknown_words(pipe, settings.prompt)
         if unknown:
-            yield f"The model does not know {', '.join(unknown)}; it knows {', '.join(known)}."
+            notes.append(f"The model does not know {', '.join(unknown)}; it knows {', '.join(known)}.")
+    if settings.layout and "A-STAR" not in wanted.methods:
+        notes.append("Regions guide A-STAR only, which was not drawn.")
+    return notes
 
 
-def _listened(pipe: Any, settings: Settings, method: str) -> Iterator[Step | Drawn]:
-    """One picture from a thread of its own, step by step."""
-    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    gone = threading.Event()
+def _drawn(pipe: Any, settings: Settings, method: str, tell: Callable[[Any], None]) -> Drawn:
+    losses = LOSSES[method]
+    # all losses are looked at, whichever of them guides: only then can curves be compared
+    weights = {**dict.fromkeys((name for own in LOSSES.values() for name in own), 0.0), **losses}
+    layout = settings.layout if "retention" in losses else {}
+    watched = replace(settings, losses=weights if settings.guided else {}, layout=layout)
+    done = 0
 
     def at_step_end() -> None:
-        if gone.is_set():
-            raise _Stopped
-        told.put(None)
+        nonlocal done
+        done += 1
+        tell(Step(method, done, settings.steps))
 
-    def work() -> None:
-        try:
-            told.put(_drawn(pipe, settings, method, at_step_end))
-        except BaseException as error:
-            told.put(error)
-
-    thread = threading.Thread(target=work, name=f"drawing {method}", daemon=True)
-    thread.start()
-    done = 0
-    try:
-        while True:
-            what = told.get()
-            if isinstance(what, BaseException):
-                raise what
-            if isinstance(what, Drawn):
-                yield what
-                return
-            done += 1
-            yield Step(method, done, settings.steps)
-    finally:
-        gone.set()
-        thread.join()
-
-
-def _drawn(pipe: Any, settings: Settings, method: str, at_step_end: Any) -> Drawn:
-    losses = LOSSES[method]
-    every = {"segregation": 1.0, "retention": 1.0, "attend_and_excite": 1.0}
-    # all losses are looked at, whichever of them guides: only then can curves be compared
-    weights = {**dict.fromkeys(every, 0.0), **losses}
-    watched = replace(settings, losses=weights, layout=settings.layout if losses else {})
-    own = watched if losses else settings.plain()
-    result = called(pipe, own, watched, at_step_end)
+    result = called(pipe, watched if losses else settings.plain(), watched, at_step_end)
+    if (result.nsfw_content_detected or [False])[0]:
+        raise UsageError("the safety checker of the model has blanked the picture: try another seed")
     if not np.isfinite(result.images).all():
         raise UsageError("the picture holds values that are not numbers: try another seed or fewer steps")
     result.images = pipe.image_processor.numpy_to_pil(result.images)
@@ -240,77 +285,57 @@ def _drawn(pipe: Any, settings: Settings, method: str, at_step_end: Any) -> Draw
         return Drawn(method, result.images[0], (), None, {}, None)
     numbers = {name: values[:, 0].float().numpy() for name, values in (result.losses or {}).items()}
     maps = result.maps[:, 0].float().numpy().astype(np.float16)
-    return Drawn(method, result.images[0], settings.subjects, maps, numbers, attention_grid(result))
+    return Drawn(method, result.images[0], settings.subjects, maps, numbers, _png(attention_grid(result)))
 
 
-def maps_at(drawn: Sequence[Drawn], step: int) -> list[tuple[np.ndarray, str]]:
-    """The maps of all subjects at a step, over the pictures.
+def _png(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+def maps_at(drawn: Sequence[Drawn], step: int) -> tuple[list[tuple[str, list[tuple[str, Image.Image]]]], float]:
+    """The maps of all subjects at a step, over the pictures; one scale of colours for all methods, steps and subjects.
 
     Args:
         drawn: Of each method.
         step: From 1; beyond the last it is the last.
 
     Returns:
-        Pictures, `(side, side, 3)`, uint8, with what they are.
+        For each method that has maps those of its subjects, by name; and the largest value there is, 0 without maps.
     """
-    shown = []
-    for one in drawn:
-        if one.maps is None:
-            continue
-        at = min(max(step, 1), len(one.maps)) - 1
-        side = max(_SHOWN_SIDE, *one.image.size)
-        grey = np.asarray(one.image.convert("L").resize((side, side), Image.Resampling.LANCZOS), np.float32)[..., None]
-        for number, subject in enumerate(one.subjects):
-            field = one.maps[at, :, :, number].astype(np.float32)
-            grown = cv2.resize(field / max(float(field.max()), 1e-6), (side, side), interpolation=cv2.INTER_CUBIC)
-            colours = cv2.applyColorMap((grown.clip(0, 1) * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
-            shown.append(((0.3 * grey + 0.7 * colours).astype(np.uint8), f"{one.method}: {subject}, step {at + 1}"))
-    return shown
+    watched = [(one, one.maps) for one in drawn if one.maps is not None]
+    largest = max((float(maps.max()) for _, maps in watched), default=0.0)
+    rows = []
+    for one, maps in watched:
+        at = min(max(step, 1), len(maps)) - 1
+        width, height = (round(side * _SHOWN_SIDE / max(one.image.size)) for side in one.image.size)
+        small = one.image.convert("L").resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
+        shown = [np.float32(maps[at, :, :, number]) / (largest or 1) for number in range(len(one.subjects))]
+        over = [Image.fromarray(heat(np.asarray(small), field)) for field in shown]
+        rows.append((one.method, list(zip(one.subjects, over, strict=True))))
+    return rows, largest
 
 
-def regions(painted: Any, subjects: Sequence[str], colours: Sequence[str], text: str) -> dict[str, Any]:
-    """Places of subjects, painted or written.
+def packed(drawn: Sequence[Drawn]) -> bytes:
+    """All pictures, maps and losses as a ZIP: PNG for the eye, NPZ with `maps` `[steps, H, W, K]` for programs.
 
     Args:
-        painted: What `gr.ImageEditor` gives: layers, `(H, W, 4)`, uint8.
-        subjects: The first has the first colour.
-        colours: As `"#rrggbb"`.
-        text: JSON, `{"circle": [left, top, right, bottom]}` in fractions of the picture; nothing for none.
-
-    Raises:
-        UsageError: The text cannot be read, or a colour has no subject.
+        drawn: Of each method.
     """
-    places: dict[str, Any] = {}
-    if text.strip():
-        try:
-            places = json.loads(text)
-        except ValueError as error:
-            raise UsageError('the regions are no JSON: expected such as {"circle": [0, 0, 0.5, 1]}') from error
-        if not isinstance(places, dict):
-            raise UsageError('the regions: expected an object such as {"circle": [0, 0, 0.5, 1]}')
-        places = {name: tuple(place) if isinstance(place, list) else place for name, place in places.items()}
-        if any(isinstance(place, str) for place in places.values()):
-            raise UsageError("the regions: expected four numbers for each subject")
-    layers = [] if not isinstance(painted, dict) else [np.asarray(layer) for layer in painted.get("layers") or []]
-    drawn = [layer for layer in layers if layer.ndim == 3 and layer.shape[2] == 4 and layer[..., 3].any()]
-    if not drawn:
-        return places
-    palette = np.array([[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in colours], np.float32)
-    for number, mask in enumerate(_masks(drawn, palette)):
-        if mask.mean() < 0.002:  # the soft edge between two other colours
-            continue
-        if number >= len(subjects):
-            raise UsageError(f"a region is painted in colour {number + 1}, but there are only {len(subjects)} subjects")
-        content = io.BytesIO()
-        Image.fromarray((mask * 255).astype(np.uint8)).save(content, "PNG")
-        places[subjects[number]] = base64.b64encode(content.getvalue()).decode()
-    return places
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
 
+        def add(name: str, what: bytes) -> None:
+            archive.writestr(zipfile.ZipInfo(name), what)  # without the time: the same pictures make the same file
 
-def _masks(layers: Sequence[np.ndarray], palette: np.ndarray) -> list[np.ndarray]:
-    """Where each colour was painted, later layers over earlier ones, `(H, W)`, bool."""
-    chosen = np.full(layers[0].shape[:2], -1)
-    for layer in layers:
-        distance = ((layer[..., None, :3].astype(np.float32) - palette) ** 2).sum(-1)  # [H, W, colours]
-        chosen = np.where(layer[..., 3] > 127, distance.argmin(-1), chosen)
-    return [chosen == number for number in range(len(palette))]
+        for one in drawn:
+            name = re.sub(r"[^a-z]+", "_", one.method.lower())
+            add(f"{name}.png", _png(one.image))
+            if one.maps is not None and one.grid is not None:
+                numbers = io.BytesIO()
+                arrays: dict[str, Any] = {"maps": one.maps, "subjects": np.array(one.subjects), **one.losses}
+                np.savez_compressed(numbers, **arrays)
+                add(f"{name}_maps.npz", numbers.getvalue())
+                add(f"{name}_maps.png", one.grid)
+    return content.getvalue()

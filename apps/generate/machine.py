@@ -7,14 +7,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..console import RunReport
 from ..errors import Stopped
 
-__all__ = ["Notes", "calm", "hushed", "machine", "out_of_memory", "repeatable"]
+__all__ = ["Notes", "calm", "hushed", "machine", "out_of_memory", "repeatable", "usual_dtype"]
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -22,6 +22,11 @@ def machine(device: torch.device) -> dict[str, str]:
     versions = {name: metadata.version(name) for name in ("attnsuite", "torch", "diffusers", "transformers")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return {**versions, "device": f"{device.type} ({name})"}
+
+
+def usual_dtype(device: torch.device) -> Literal["float16", "float32"]:
+    """In which networks compute on a device if nobody says otherwise."""
+    return "float16" if device.type == "cuda" else "float32"
 
 
 class Notes(RunReport):

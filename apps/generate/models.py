@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Pipeline = AStarStableDiffusionPipeline | AStarStableDiffusionXLPipeline
 
-__all__ = ["SHIPPED", "Model", "find", "load", "unknown_words"]
+__all__ = ["SHIPPED", "Model", "find", "load", "picture_size", "unknown_words"]
 
 SHIPPED = "text_to_scene"
 
@@ -62,6 +62,11 @@ class Model:
     def shipped(self) -> bool:
         """Whether it comes with this suite."""
         return self.name == SHIPPED
+
+    @property
+    def suits(self) -> dict[str, Any]:
+        """`defaults`, and the guidance scale that is usual for its kind where they do not name one."""
+        return {"guidance_scale": 5.0 if self.pipeline.endswith("XLPipeline") else 7.5, **self.defaults}
 
 
 def find(name: str, *, may_fetch: bool = True) -> Model:
@@ -158,6 +163,13 @@ def load(model: Model, device: torch.device, dtype: str) -> Pipeline:
         raise UsageError(f"{model.name} cannot be loaded: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def picture_size(pipe: Pipeline) -> tuple[int, int]:
+    """Height and width of a pipeline's pictures where nothing else is asked for."""
+    sample: Any = pipe.unet.config["sample_size"]
+    height, width = (side * pipe.vae_scale_factor for side in ((sample, sample) if isinstance(sample, int) else sample))
+    return height, width
 
 
 def unknown_words(pipe: Pipeline, prompt: str) -> tuple[list[str], list[str]]:

@@ -20,8 +20,8 @@ from ..batch.stage import Row, pick_device
 from ..console import StepBar
 from ..errors import Stopped, UsageError
 from .drawing import COLUMNS, Picture, draw, row_of, side_by_side
-from .machine import Notes, calm, hushed, machine, out_of_memory, repeatable
-from .models import SHIPPED, Model, find, load, unknown_words
+from .machine import Notes, calm, hushed, machine, out_of_memory, repeatable, usual_dtype
+from .models import SHIPPED, Model, find, load, picture_size, unknown_words
 from .record import Record, read
 from .settings import Settings, place_of
 
@@ -163,7 +163,7 @@ def _model(options: Options, asked: Settings, source: Record | None) -> Model:
 def _dtype(options: Options, source: Record | None, asked: Settings, device: torch.device) -> str:
     dtype: str = asked.dtype
     if source is None and "dtype" not in options.given:
-        dtype = "float16" if device.type == "cuda" else "float32"
+        dtype = usual_dtype(device)
     if dtype == "float16" and device.type == "cpu":
         raise UsageError("float16 on a CPU is neither fast nor precise enough: --dtype float32 or --dtype bfloat16")
     return dtype
@@ -175,10 +175,8 @@ def _completed(
     """The settings with what the model has to say where the user says nothing."""
     if source is not None:
         return replace(asked, model=model.name)
-    sample: Any = pipe.unet.config["sample_size"]
-    height, width = (side * pipe.vae_scale_factor for side in ((sample, sample) if isinstance(sample, int) else sample))
-    scale = 5.0 if model.pipeline.endswith("XLPipeline") else 7.5
-    suits = {"height": height, "width": width, "guidance_scale": scale, **model.defaults}
+    height, width = picture_size(pipe)
+    suits = {"height": height, "width": width, **model.suits}
     suits = {name: value for name, value in suits.items() if name not in options.given}
     return replace(asked, **suits, model=model.name, dtype=dtype)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from diffusion.draw import _heat, _step_ticks, _ticks, attention_grid
+from diffusion.draw import _step_ticks, _ticks, attention_grid, heat
 from diffusion.pipelines import AStarPipelineOutput
 
 CAT = Path(__file__).parents[2] / "samples" / "cat.jpg"
@@ -128,12 +128,12 @@ def test_heat_lies_where_the_map_is_high_and_leaves_the_rest_alone():
     grey = np.full((64, 96, 3), 120, np.uint8)
     field = np.zeros((16, 16))
     field[2:5, 11:14] = 1
-    heat = _heat(grey, field).astype(int)
-    colour = heat.max(-1) - heat.min(-1)
+    drawn = heat(grey, field).astype(int)
+    colour = drawn.max(-1) - drawn.min(-1)
     y, x = np.unravel_index(colour.argmax(), colour.shape)
     assert 8 <= y < 20 and 66 <= x < 84
-    assert heat[y, x, 0] > 200 and heat[y, x, 1] > 200 and heat[y, x, 2] < 100, "yellow"
-    assert (heat[:, :48] == 120).all() and (heat[32:] == 120).all()
+    assert drawn[y, x, 0] > 200 and drawn[y, x, 1] > 200 and drawn[y, x, 2] < 100, "yellow"
+    assert (drawn[:, :48] == 120).all() and (drawn[32:] == 120).all()
 
 
 def test_the_index_picks_the_image_and_its_maps():
