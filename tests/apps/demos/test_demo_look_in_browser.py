@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,34 @@ def test_upload_search_click_another_target_and_search_again(serve: Any, visit: 
     page.locator("#look-run").click()
     expect(page.locator("#look-density img")).not_to_have_attribute("src", before)
     assert "target=2%2C+9" in page.url
+    assert page.errors == [] and page.outside == []
+
+
+def test_people_beside_the_model_and_one_search_step_by_step(serve: Any, visit: Any, tmp_path: Path):
+    lines = ["scanpath_id,image,target,t,x,y"]
+    lines += [
+        f"{name},shelf,x,{t},{x},{y}" for name in "ab" for t, (x, y) in enumerate([(108, 54), (60, 20), (110, 50)])
+    ]
+    (tmp_path / "people.csv").write_text("\n".join(lines))
+    page = visit(serve("look"))
+    page.locator("#look-samples button").nth(1).click()
+    expect(page.locator("#look-scene img")).to_be_visible()
+    expect(page.locator("#look-metrics")).to_be_hidden()
+    page.get_by_text("Objects that lie freely").click()
+    page.locator("#look-humans input[type=file]").set_input_files(tmp_path / "people.csv")
+    expect(page.locator("#look-humans").get_by_text("people.csv")).to_be_visible()
+    page.locator("#look-run").click()
+    expect(page.locator("#look-metrics").get_by_text("ScanMatch").first).to_be_visible()
+    step = page.locator("#look-step img")
+    expect(step).to_be_visible()
+    before = step.get_attribute("src")
+    number = page.locator("#look-number input[type=number]")
+    number.fill("2")
+    number.press("Tab")
+    expect(step).not_to_have_attribute("src", before)
+    with page.expect_download() as film:
+        page.locator("#look-film_file").click()
+    assert film.value.suggested_filename == "scanpaths.gif"
     assert page.errors == [] and page.outside == []
 
 
