@@ -77,6 +77,8 @@ def results_page() -> str:
         parts += [_switches(_report("vlm"))]
     parts += [_scanpaths(_report("scanpaths"))]
     parts += [_batch(_report("batch"))]
+    if (RESULTS / "demo_load.json").exists():
+        parts += [_demo(_report("demo_load"))]
     return "\n".join(part for part in parts if part)
 
 
@@ -350,6 +352,31 @@ def _batch(report: dict[str, Any]) -> str:
         + table(["model", "setting", "classify, images/s", "bare network, images/s", "ratio"], [throughput])
         + "\nPeak resident memory of the command's largest process:\n\n"
         + table(["inputs", "peak MB"], peaks)
+    )
+
+
+def _demo(report: dict[str, Any]) -> str:
+    found, memory, on = report["load"], report["load"]["memory_mb"], report["machine"]
+    refused, errors = (sum(found[kind].values()) for kind in ("refused", "errors"))
+    load = [report["clients"], report["duration"], found["ok"], refused, errors, found["requests_per_second"]]
+    load += [found["seconds"][name] for name in ("p50", "p90", "p99")]
+    held = [memory[name] for name in ("first", "half_time", "last", "growth_per_1000_requests")]
+    starts = report.get("start", {})
+    heads = list(dict.fromkeys(what for times in starts.values() for what in times))
+    times = [[page, *(str(own.get(what, "")) for what in heads)] for page, own in starts.items()]
+    return (
+        f"## Demo\n\n`python benchmarks/demo_load.py` · {on['cpu']}, {report['model']}; visitors ask again as soon as "
+        "they have an answer, and a second after a refusal.\n\n"
+        + table(
+            ["clients", "seconds", "answered", "refused politely", "errors", "answers/s", "p50, s", "p90, s", "p99, s"],
+            [[str(cell) for cell in load]],
+        )
+        + "\nThe server's memory:\n\n"
+        + table(
+            ["first, MB", "half time, MB", "last, MB", "MB more per 1000 answers, second half"],
+            [[str(cell) for cell in held]],
+        )
+        + ("\nSeconds from the start of the command:\n\n" + table(["page", *heads], times) if starts else "")
     )
 
 

@@ -144,13 +144,13 @@ def _outputs() -> dict[str, Any]:
 
 def _asker(host: Host, kind: str) -> Any:
     def ask(
-        image: str | None,
-        sample: str,
-        question: str,
-        mma: bool,
-        vmtc: float,
-        cmai: bool,
-        max_tokens: int,
+        image: str | None = None,
+        sample: str = "",
+        question: str = "",
+        mma: bool = False,
+        vmtc: float = 1,
+        cmai: bool = False,
+        max_tokens: int = 32,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio is asked for it
     ) -> tuple[Any, ...]:
         """What a vision-language model answers about a picture, plain and with changes of its attention.

@@ -127,19 +127,19 @@ def _outputs() -> dict[str, Any]:
 
 def _looker(host: Host) -> Any:
     def look(
-        image: str | None,
-        sample: str,
-        rows: float,
-        columns: float,
-        target: str,
-        boxes: str,
-        boxes_file: str | None,
-        humans: str | None,
-        humans_image: str,
-        num_scanpaths: float,
-        temperature: float,
-        max_refixations: float,
-        seed: float,
+        image: str | None = None,
+        sample: str = "",
+        rows: float = 3,
+        columns: float = 9,
+        target: str = "2, 5",
+        boxes: str = "",
+        boxes_file: str | None = None,
+        humans: str | None = None,
+        humans_image: str = "",
+        num_scanpaths: float = 20,
+        temperature: float = 1,
+        max_refixations: float = -1,
+        seed: float = 0,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio is asked for it
     ) -> tuple[Any, ...]:
         """Sampled scanpaths of a search for one object of a picture.

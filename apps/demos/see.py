@@ -101,7 +101,9 @@ def _controls(host: Host) -> dict[str, Any]:
     other = gr.Dropdown(["", *names], value="", label="Second model", elem_id="see-other", allow_custom_value=True)
     with gr.Accordion("More", open=False):
         method = gr.Radio(_METHODS, value="auto", label="How the map is made", elem_id="see-method")
-        target = gr.Textbox(label="Class to explain", placeholder="the likeliest", max_length=200, elem_id="see-target")
+        target = gr.Textbox(
+            "", label="Class to explain", placeholder="the likeliest", max_length=200, elem_id="see-target"
+        )
         untrained = gr.Checkbox(
             label="Untrained weights",
             elem_id="see-untrained",
@@ -122,14 +124,14 @@ def _names() -> list[str]:
 
 def _looker(host: Host) -> Any:
     def see(
-        image: str | None,
-        sample: str,
-        model: str,
-        other: str,
-        method: str,
-        target: str,
-        untrained: bool,
-        opacity: float,
+        image: str | None = None,
+        sample: str = "",
+        model: str = DEFAULT_MODEL,
+        other: str = "",
+        method: str = "auto",
+        target: str = "",
+        untrained: bool = False,
+        opacity: float = 0.6,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio is asked for it
     ) -> tuple[Any, ...]:
         """What one or two vision models see in a picture: the likeliest classes and a map of the evidence.
@@ -244,15 +246,15 @@ def _attending(
 
 def _attender(host: Host) -> Any:
     def attend(
-        image: str | None,
-        sample: str,
-        model: str,
-        x: float,
-        y: float,
-        layer: str,
-        connectivity: bool,
-        untrained: bool,
-        opacity: float,
+        image: str | None = None,
+        sample: str = "",
+        model: str = DEFAULT_MODEL,
+        x: float = 50,
+        y: float = 50,
+        layer: str = "",
+        connectivity: bool = False,
+        untrained: bool = False,
+        opacity: float = 0.6,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio is asked for it
     ) -> tuple[Any, ...]:
         """Where one place of a picture attends in a layer of a vision model.

@@ -162,6 +162,7 @@ def _let_agents_in(blocks: gr.Blocks, serving: Serving, address: str) -> None:
         return read(value, positions)
 
     server.convert_strings_to_filedata = converted
+    server.pop_returned_state = _without_states
     if serving.auth is not None:
         server._client_instance = Client(
             address,
@@ -172,6 +173,14 @@ def _let_agents_in(blocks: gr.Blocks, serving: Serving, address: str) -> None:
             analytics_enabled=False,
             _skip_components=False,
         )
+
+
+def _without_states(outputs: Any, data: list[Any]) -> list[Any]:
+    """What a tool hands out. Gradio drops states by their place, also where its own client has left them out before."""
+    states = {place for place, output in enumerate(outputs) if isinstance(output, gr.State)}
+    if len(data) == len(outputs) - len(states):
+        return data
+    return [value for place, value in enumerate(data) if place not in states]
 
 
 def _theme() -> Any:
