@@ -160,6 +160,11 @@ def _follow(prompt: gr.Textbox, clicked: gr.CheckboxGroup, subjects: gr.Dropdown
         chosen = kept(text, _texts(before))
         return gr.Dropdown(words(text), value=[*dict.fromkeys([*chosen, *(nouns(text) if shipped else [])])])
 
+    def changed(text: str, before: Any) -> Any:
+        # Gradio takes what is typed right after an example was picked for a part of that
+        gone = len(kept(text, _texts(before))) < len(_texts(before))
+        return typed(text, before) if gone else gr.skip()
+
     def shown(text: str, chosen: Any) -> Any:
         return gr.CheckboxGroup(words(text), value=among(text, _texts(chosen)))
 
@@ -167,6 +172,7 @@ def _follow(prompt: gr.Textbox, clicked: gr.CheckboxGroup, subjects: gr.Dropdown
         return joined(text, _texts(chosen), _texts(before))
 
     prompt.input(typed, [prompt, subjects], subjects, trigger_mode="always_last", **_PRIVATE)
+    prompt.change(changed, [prompt, subjects], subjects, trigger_mode="always_last", **_PRIVATE)
     gr.on([prompt.change, subjects.change], shown, [prompt, subjects], clicked, trigger_mode="always_last", **_PRIVATE)
     clicked.input(clicks, [prompt, clicked, subjects], subjects, **_PRIVATE)
 
@@ -225,31 +231,38 @@ def _drawer(host: Host) -> Any:
             painted: The same painted, as gr.ImageEditor has it; null for nothing.
         """
         with said():
-            from .generating import Drawn, Note, Step, drawn_by, order
+            from .generating import order
 
             named = [one.strip() for one in subjects.split(",")] if isinstance(subjects, str) else subjects or []
             places = regions(painted, named, layout or "")
             wanted = order(host, prompt or "", named, seed, steps, guidance_scale, methods or [], places)
-            drawn: list[Drawn] = []
-            notes: list[str] = []
-            status, pictures = "Waiting", []
-            for what in drawn_by(host, wanted):
-                if isinstance(what, Drawn):
-                    drawn.append(what)
-                    pictures.append((_enlarged(what.image), what.method))
-                elif isinstance(what, Note):
-                    notes.append(what.text)
-                elif isinstance(what, Step):
-                    status = f"Step {what.done} of {what.steps}, {what.method}"
-                    progress((what.done, what.steps), desc=status, unit="steps")
-                elif what is not None:
-                    status = what
-                    progress(0, desc=status)
-                shown = [*pictures] if isinstance(what, Drawn) else gr.skip()
-                yield status, shown, *[gr.skip()] * 5
-            yield " ".join(["Done.", *notes]), pictures, *_results(drawn), _facts(wanted, drawn, notes), drawn
+            yield from _told(host, wanted, progress)
 
     return generate
+
+
+def _told(host: Host, wanted: Order, progress: gr.Progress) -> Iterator[tuple[Any, ...]]:
+    """What the outputs show, step by step; all of them at the end."""
+    from .generating import Drawn, Note, Step, drawn_by
+
+    drawn: list[Drawn] = []
+    pictures: list[tuple[Image, str]] = []
+    notes: list[str] = []
+    status = "Waiting"
+    for what in drawn_by(host, wanted):
+        if isinstance(what, Drawn):
+            drawn.append(what)
+            pictures.append((_enlarged(what.image), what.method))
+        elif isinstance(what, Note):
+            notes.append(what.text)
+        elif isinstance(what, Step):
+            status = f"Step {what.done} of {what.steps}, {what.method}"
+            progress((what.done, what.steps), desc=status, unit="steps")
+        elif what is not None:
+            status = what
+            progress(0, desc=status)
+        yield status, [*pictures] if isinstance(what, Drawn) else gr.skip(), *[gr.skip()] * 5
+    yield " ".join(["Done.", *notes]), pictures, *_results(drawn), _facts(wanted, drawn, notes), drawn
 
 
 def _enlarged(image: Image) -> Image:

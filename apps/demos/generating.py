@@ -118,6 +118,7 @@ def order(
     """
     if len(prompt) > MOST_LETTERS:
         raise UsageError(f"the prompt has {len(prompt):,} letters: at most {MOST_LETTERS} are taken here")
+    Settings(prompt)  # refuses one that is empty
     if unknown := [method for method in methods if method not in LOSSES]:
         raise UsageError(f"there is no method {unknown[0]!r}: expected some of {', '.join(LOSSES)}")
     if not methods:
