@@ -194,8 +194,8 @@ def _outputs() -> dict[str, Any]:
     step = gr.Slider(
         1, 100, value=1, step=1, label="Attention to each subject, at step", elem_id="generate-step", visible=False
     )
-    maps = gr.HTML(elem_id="generate-maps")
-    losses = gr.HTML(elem_id="generate-losses")
+    maps = gr.HTML(label="Maps", elem_id="generate-maps")
+    losses = gr.HTML(label="Losses, drawn", elem_id="generate-losses")
     with gr.Row():
         table = gr.DownloadButton("Losses, CSV", elem_id="generate-csv", size="sm", min_width=140)
         archive = gr.DownloadButton("Pictures and maps, ZIP", elem_id="generate-zip", size="sm", min_width=140)
