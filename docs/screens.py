@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 1280, 960
 # What is opened, and what is there once the page is done.
 PAGES = {
     "see": ("?sample=cat", "#see-spot img"),
-    "generate": ("?prompt=a%20red%20circle%20and%20a%20blue%20square&steps=15&seed=0", "#generate-maps img"),
+    "generate": ("?prompt=a%20red%20circle%20and%20a%20blue%20square&steps=15&seed=1", "#generate-maps img"),
     "ask": (
         "?sample=scene%201&question=what%20colour%20has%20the%20same%20shape%20as%20the%20red%20cross%3F%20answer%20in"
         "%20one%20word&mma=true&vmtc=0.25",

@@ -76,10 +76,12 @@ def demo(tmp_path: Path, *args: str, **environment: str) -> Iterator[Running]:
     env |= {"TMPDIR": str(temp), "OUTSIDE": str(tmp_path / "outside"), "PYTHONPATH": str(tmp_path / "guard")}
     env |= {"HTTP_PROXY": "http://proxy.invalid:3128", "http_proxy": "http://proxy.invalid:3128", **environment}
     run = "import sys; from apps.cli import main; main()"
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell takes from what it starts in the background
     process = subprocess.Popen(
         [sys.executable, "-c", run, "demo", *args],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
