@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import ipaddress
 import os
@@ -77,6 +78,7 @@ def demo(
         from ..batch.stage import pick_device
 
         pick_device(device)
+    _keep_memory_flat()
     with _stoppable() as stopped, own_folder() as folder:
         from .host import Settings
         from .server import Serving, launch
@@ -93,6 +95,19 @@ def demo(
         blocks.close(verbose=False)
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         os._exit(0)  # a model at work would keep the process until it is done; what it makes nobody will get
+
+
+def _keep_memory_flat() -> None:
+    """Has glibc share two arenas among all threads, and give back what is free.
+
+    Left to itself it makes an arena for each thread, and a server has many: results of thousands of requests leave
+    holes in all of them, and the process grows without holding anything.
+    """
+    arena_max, trim_threshold = -8, -1  # of malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(arena_max, 2)
+        libc.mallopt(trim_threshold, 1 << 17)
 
 
 @contextlib.contextmanager
