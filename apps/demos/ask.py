@@ -88,7 +88,11 @@ def page(host: Host, blocks: gr.Blocks) -> None:
             run = gr.Button("Ask", variant="primary", elem_id="ask-run")
         with gr.Column(scale=3, min_width=300):
             outputs = _outputs()
-    ready.input(lambda at: list(QUESTIONS[kind][at]), ready, [sample, controls["question"]], **_PRIVATE)
+
+    def begin(at: int | None) -> list[Any]:
+        return [gr.skip()] * 2 if at is None else list(QUESTIONS[kind][at])  # None: a list that was closed again
+
+    ready.input(begin, ready, [sample, controls["question"]], **_PRIVATE)
     event = gr.on(
         [run.click, controls["question"].submit],
         _asker(host, kind),
