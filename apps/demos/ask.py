@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from .downloads import as_csv, handed_out
+from .downloads import as_csv, handed_out, within_html
 from .host import Host, said
 from .permalink import restore, write
 from .uploads import chosen, picture
@@ -224,10 +222,7 @@ def _cards(replies: Sequence[Replied]) -> str:
 
 def _shown(drawing: Image, kind: str, words: str) -> str:
     """A picture within HTML."""
-    content = io.BytesIO()
-    drawing.save(content, "JPEG", quality=88)
-    encoded = base64.b64encode(content.getvalue()).decode()
     return (
-        f'<img class="{kind}" src="data:image/jpeg;base64,{encoded}" alt="{html.escape(words)}" '
+        f'<img class="{kind}" src="{within_html(drawing)}" alt="{html.escape(words)}" '
         f'style="width:100%;max-width:22rem;margin-top:.5rem;border-radius:.3rem">'
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import io
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +23,7 @@ from ..ask.switches import Switches
 from ..batch.stage import pick_device
 from ..errors import UsageError
 from .alive import Alive
+from .downloads import as_png, as_zip
 from .host import Host
 
 __all__ = ["MOST_LETTERS", "MOST_TOKENS", "Replied", "ask", "check", "packed", "switches_of", "variants"]
@@ -147,17 +146,13 @@ def ask(
 
 def packed(replies: Sequence[Replied]) -> bytes:
     """All pictures as an archive of PNG files, named by their switches."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for reply in replies:
-            for what, drawn in (("reads", reply.read), ("tokens", reply.merged)):
-                if drawn is not None:
-                    png = io.BytesIO()
-                    drawn.save(png, "PNG")
-                    name = re.sub(r"[^a-z0-9.]+", "_", f"{reply.under}_{what}".lower())
-                    # without the time, so that the same pictures make the same file
-                    archive.writestr(zipfile.ZipInfo(f"{name}.png"), png.getvalue())
-    return content.getvalue()
+    files: dict[str, bytes] = {}
+    for reply in replies:
+        for what, drawn in (("reads", reply.read), ("tokens", reply.merged)):
+            if drawn is not None:
+                name = re.sub(r"[^a-z0-9.]+", "_", f"{reply.under}_{what}".lower())
+                files[f"{name}.png"] = as_png(drawn)
+    return as_zip(files)
 
 
 def _name(switches: Switches) -> str:

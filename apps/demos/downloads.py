@@ -1,12 +1,14 @@
-"""What a page hands out as a file: rows as CSV, drawings as SVG, pictures as PNG."""
+"""What a page hands out: rows as CSV, drawings as SVG, pictures as PNG, several as ZIP, or within the page."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import io
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-__all__ = ["as_csv", "handed_out", "picture_file"]
+__all__ = ["as_csv", "as_png", "as_zip", "handed_out", "within_html"]
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -33,11 +35,27 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def picture_file(name: str, picture: np.ndarray) -> str:
-    """Writes a picture, `(H, W, 3)`, uint8, as PNG for a download button; see `handed_out`."""
+def as_png(picture: np.ndarray | Image.Image) -> bytes:
+    """A picture as PNG; an array is `(H, W, 3)`, or `(H, W)` for grey, uint8."""
     content = io.BytesIO()
-    Image.fromarray(picture).save(content, "PNG")
-    return handed_out(name, content.getvalue())
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(content, "PNG")
+    return content.getvalue()
+
+
+def within_html(picture: Image.Image) -> str:
+    """A picture as the `src` of an `img`: it comes with the page, and no file of it is served."""
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def as_zip(files: Mapping[str, bytes]) -> bytes:
+    """Files by name as an archive, without the time: the same files make the same archive."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, what in files.items():
+            archive.writestr(zipfile.ZipInfo(name), what)
+    return content.getvalue()
 
 
 def handed_out(name: str, content: str | bytes) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from .curves import curves
-from .downloads import as_csv, handed_out
+from .downloads import as_csv, handed_out, within_html
 from .host import Host, said
 from .painting import COLOURS, editor, regions
 from .permalink import restore, write
@@ -318,12 +316,9 @@ def _maps(drawn: Sequence[Drawn] | None, step: float) -> str:
         cells = ""
         for method, maps in rows:
             for subject, picture in maps:
-                content = io.BytesIO()
-                picture.save(content, "JPEG", quality=88)
-                source = base64.b64encode(content.getvalue()).decode()
                 name = f"{html.escape(method)}: {html.escape(subject)}"
                 cells += (
-                    f'<figure style="margin:0;min-width:0"><img src="data:image/jpeg;base64,{source}" alt="{name}" '
+                    f'<figure style="margin:0;min-width:0"><img src="{within_html(picture)}" alt="{name}" '
                     f'style="width:100%;border-radius:.3rem"><figcaption style="overflow-wrap:anywhere">{name}'
                     "</figcaption></figure>"
                 )

@@ -7,7 +7,6 @@ import io
 import queue
 import re
 import threading
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from ..generate import models
 from ..generate.drawing import called
 from ..generate.machine import repeatable, usual_dtype
 from ..generate.settings import Settings, place_of
+from .downloads import as_png, as_zip
 from .host import Host
 from .subjects import MOST_LETTERS
 
@@ -228,9 +228,7 @@ def _fitted(pipe: Any, settings: Settings) -> Settings:
     for subject, place in settings.layout.items():
         mask = place_of(place)
         if isinstance(mask, Image.Image):
-            content = io.BytesIO()
-            mask.resize((width, height), Image.Resampling.BOX).save(content, "PNG")
-            place = base64.b64encode(content.getvalue()).decode()
+            place = base64.b64encode(as_png(mask.resize((width, height), Image.Resampling.BOX))).decode()
         layout[subject] = place
     return replace(settings, height=height, width=width, layout=layout)
 
@@ -286,13 +284,7 @@ def _drawn(pipe: Any, settings: Settings, method: str, tell: Callable[[Any], Non
         return Drawn(method, result.images[0], (), None, {}, None)
     numbers = {name: values[:, 0].float().numpy() for name, values in (result.losses or {}).items()}
     maps = result.maps[:, 0].float().numpy().astype(np.float16)
-    return Drawn(method, result.images[0], settings.subjects, maps, numbers, _png(attention_grid(result)))
-
-
-def _png(picture: Image.Image) -> bytes:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    return content.getvalue()
+    return Drawn(method, result.images[0], settings.subjects, maps, numbers, as_png(attention_grid(result)))
 
 
 def maps_at(drawn: Sequence[Drawn], step: int) -> tuple[list[tuple[str, list[tuple[str, Image.Image]]]], float]:
@@ -324,19 +316,13 @@ def packed(drawn: Sequence[Drawn]) -> bytes:
     Args:
         drawn: Of each method.
     """
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-
-        def add(name: str, what: bytes) -> None:
-            archive.writestr(zipfile.ZipInfo(name), what)  # without the time: the same pictures make the same file
-
-        for one in drawn:
-            name = re.sub(r"[^a-z]+", "_", one.method.lower())
-            add(f"{name}.png", _png(one.image))
-            if one.maps is not None and one.grid is not None:
-                numbers = io.BytesIO()
-                arrays: dict[str, Any] = {"maps": one.maps, "subjects": np.array(one.subjects), **one.losses}
-                np.savez_compressed(numbers, **arrays)
-                add(f"{name}_maps.npz", numbers.getvalue())
-                add(f"{name}_maps.png", one.grid)
-    return content.getvalue()
+    files: dict[str, bytes] = {}
+    for one in drawn:
+        name = re.sub(r"[^a-z]+", "_", one.method.lower())
+        files[f"{name}.png"] = as_png(one.image)
+        if one.maps is not None and one.grid is not None:
+            numbers = io.BytesIO()
+            arrays: dict[str, Any] = {"maps": one.maps, "subjects": np.array(one.subjects), **one.losses}
+            np.savez_compressed(numbers, **arrays)
+            files |= {f"{name}_maps.npz": numbers.getvalue(), f"{name}_maps.png": one.grid}
+    return as_zip(files)

@@ -18,6 +18,7 @@ from gradio.components.image_editor import AcceptBlobs, EditorData
 from PIL import Image
 
 from ..errors import UsageError
+from .downloads import as_png
 
 __all__ = ["COLOURS", "Layers", "editor", "regions"]
 
@@ -122,9 +123,7 @@ def regions(painted: Layers | None, subjects: Sequence[str], text: str = "") -> 
         if number >= len(subjects):
             few = f"there are only {len(subjects)} subjects" if subjects else "there is no subject"
             raise UsageError(f"a region is painted in {[*COLOURS][number]}, the colour of subject {number + 1}: {few}")
-        content = io.BytesIO()
-        Image.fromarray((mask * 255).astype(np.uint8)).save(content, "PNG")
-        places[subjects[number]] = base64.b64encode(content.getvalue()).decode()
+        places[subjects[number]] = base64.b64encode(as_png((mask * 255).astype(np.uint8))).decode()
     return places
 
 

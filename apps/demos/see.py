@@ -13,7 +13,7 @@ import numpy as np
 import weights
 
 from ..models import DEFAULT_MODEL
-from .downloads import as_csv, handed_out, picture_file
+from .downloads import as_csv, as_png, handed_out
 from .host import Host, said
 from .permalink import restore, write
 from .uploads import chosen, picture
@@ -183,7 +183,7 @@ def _drawn(kept: _Kept, opacity: float) -> tuple[tuple[np.ndarray, np.ndarray], 
 
     maps = [overlay(view, heat, min(max(float(opacity), 0.0), 1.0)) for view, heat, _ in kept]
     sides = (kept[0][0].picture, maps[0]) if len(maps) == 1 else (maps[0], maps[1])
-    files: list[str | None] = [picture_file(f"map_{number}.png", one) for number, one in enumerate(maps, 1)]
+    files: list[str | None] = [handed_out(f"map_{number}.png", as_png(one)) for number, one in enumerate(maps, 1)]
     return sides, files + [None] * (2 - len(files))
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from support import SAMPLES
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = [
@@ -88,6 +90,39 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go_on.set()
 
 
+@pytest.fixture
+def connect(serve: Callable[..., str]) -> Iterator[Callable[..., Any]]:
+    """Serves a page and gives a client of its API: `connect("see", max_models=1)`."""
+    from gradio_client import Client
+
+    clients: list[Client] = []
+
+    def start(name: str, **settings: Any) -> Client:
+        clients.append(Client(serve(name, **settings), verbose=False))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> list[tuple[Path, str]]:
+    """Files that visitors may try, and what every page that takes pictures says of them."""
+    words, large, moving, cut = (tmp_path / name for name in ("words.png", "large.png", "moving.gif", "cut.jpg"))
+    words.write_text("no picture")
+    Image.new("1", (10_000, 6_000)).save(large)
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    cut.write_bytes((SAMPLES / "cat.jpg").read_bytes()[:5000])
+    return [
+        (words, "no picture that can be read"),
+        (large, "10000 × 6000 pixels: at most 50 megapixels"),
+        (moving, "is an animation"),
+        (cut, "is damaged"),
+    ]
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -135,5 +170,7 @@ def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
             os.makedirs(folder, exist_ok=True)
             # a page of many screens takes longer to draw at once than it took to test
             whole = page.evaluate("document.documentElement.scrollHeight") < 6000
-            page.screenshot(path=os.path.join(folder, f"{request.node.name}_{number}.png"), full_page=whole)
+            page.screenshot(
+                path=os.path.join(folder, f"{request.path.stem}_{request.node.name}_{number}.png"), full_page=whole
+            )
         page.context.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
@@ -207,9 +206,8 @@ def test_pictures_and_files(found):
 
 
 @pytest.fixture
-def client(serve: Any) -> Any:
-    with contextlib.closing(Client(serve("look"), verbose=False)) as one:
-        yield one
+def client(connect: Any) -> Any:
+    return connect("look")
 
 
 def test_over_the_wire(client, tmp_path, found):
@@ -226,12 +224,13 @@ def test_over_the_wire(client, tmp_path, found):
     assert float(rows[0]["people"]) == facts["metrics"]["Sequence score"]["people"]
 
 
-def test_mistakes_are_said_in_words(client, tmp_path):
-    (tmp_path / "words.png").write_text("no picture")
+def test_mistakes_are_said_in_words(client, broken, tmp_path):
+    for path, words in broken:
+        with pytest.raises(AppError, match=f"(?i){words}"):
+            client.predict(**{**GIVEN, "sample": "", "image": handle_file(path)})
     (tmp_path / "words.csv").write_text("no,table\n1,2\n")
     for change, words in (
         ({"sample": ""}, "no picture yet"),
-        ({"sample": "", "image": handle_file(tmp_path / "words.png")}, "no picture that can be read"),
         ({"target": "9, 9"}, "the grid has rows 1 to 3"),
         ({"rows": 40, "target": "1"}, "grids of up to"),
         ({"boxes": "a, b"}, "line 1 of the boxes"),
