@@ -5,6 +5,9 @@ the variable, `attnsuite` in the user's cache folder. Official files are convert
 whatever is read later can hold tensors only. A checkpoint appears in one step or not at all, and any number of
 processes may ask for the same one at once.
 
+The manifest pins the official file where its sha256 is known. Where it is not, that is said, and the first file that an
+address sent is held against what it sends later.
+
 With `$ATTNSUITE_MIRROR` set, `<mirror>/<name>.pth` is fetched instead of the published address: for machines that
 reach a server of their own but not the internet.
 """
@@ -90,7 +93,8 @@ def fetch(name: str, *, progress: Progress | None = None, force: bool = False) -
     Args:
         name: Name of an entry.
         progress: Called with the bytes received and the bytes in all (None while unknown).
-        force: Download again although it is here.
+        force: Download again although it is here. An address that sends another file than the first time is refused,
+            where no digest is pinned.
 
     Returns:
         The safetensors file in the store, or the file inside the package that ships the checkpoint.
@@ -113,6 +117,8 @@ def fetch(name: str, *, progress: Progress | None = None, force: bool = False) -
         if e.terms:
             _logger.warning("%s: %s", e.name, e.terms)
         _download(e, url, part, progress)
+        if e.sha256 is None:
+            _hold_against_the_first(e, url, part, _read_card(folder / _CARD))
         state_dict = _read_arrived(e, url, part)
         _install(e, folder, state_dict, source=url, official=part)
         part.unlink()
@@ -222,6 +228,19 @@ def _download(e: Entry, url: str, part: Path, progress: Progress | None) -> None
         part.unlink()
         raise WeightsError(
             f"{url} sent a file with sha256 {found}, expected {e.sha256}; it was discarded. {_by_hand(e)}"
+        )
+
+
+def _hold_against_the_first(e: Entry, url: str, part: Path, card: dict[str, Any] | None) -> None:
+    """Where nobody pinned the official file, the one that an address sent first stands for what it sends later."""
+    found = _sha256(part)
+    if card is None or card["source"] != url:
+        _logger.warning("%s is not pinned: its sha256 is not known to us; noted for later: %s", e.name, found)
+    elif card["official"]["sha256"] != found:
+        part.unlink()
+        raise WeightsError(
+            f"{url} sent a file with sha256 {found}, but one with {card['official']['sha256']} on {card.get('date')}; "
+            f"the new one was discarded. Did its authors change it? Then remove {home() / e.name} and fetch again"
         )
 
 

@@ -161,11 +161,19 @@ def test_fetch_says_first_what_a_licence_asks(run, mirror, tmp_path):
     server = {"env": {"ATTNSUITE_HOME": str(tmp_path / "store"), "ATTNSUITE_MIRROR": mirror}}
     done = run("weights", "fetch", "aki_4b", **server)
     assert done.code == 0 and done.out.startswith("aki_4b.phi3_5_mini: "), done.err
-    terms, fetching = done.err.splitlines()
+    terms, fetching, unpinned = done.err.splitlines()
     assert terms.startswith("aki_4b.phi3_5_mini: CC BY-NC 4.0") and "no commercial use" in terms
     assert fetching == "fetching aki_4b.phi3_5_mini"
+    assert unpinned.startswith("aki_4b.phi3_5_mini is not pinned")
     listed = json.loads(run("weights", "list", "aki*", "--json", **server).out)
     assert [(fact["license"], fact["path"] is not None) for fact in listed] == [("cc-by-nc-4.0", True)]
+
+
+def test_the_list_says_which_files_are_pinned(run):
+    listed = json.loads(run("weights", "list", "--json").out)
+    assert {fact["name"] for fact in listed if fact["pinned"]} == {"tf_efficientnet_lite0.in1k"}
+    table = run("weights", "list", "*lite0*").out + run("weights", "list", "litv2_small.in1k").out
+    assert len([line for line in table.splitlines() if " not pinned " in line]) == 1
 
 
 def test_a_verb_fetches_the_weights_it_needs(run, official, mirror, tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,6 +221,38 @@ def test_a_truncated_file_of_unstated_length_is_noticed(server: FileServer, offi
         weights.fetch(NAME)
 
 
+def test_where_nothing_is_pinned_that_is_said_and_the_first_file_stands_for_later_ones(
+    server: FileServer, store: Path, official: bytes, tensors, caplog: pytest.LogCaptureFixture
+):
+    weights.fetch(NAME)
+    digest = hashlib.sha256(official).hexdigest()
+    assert f"{NAME} is not pinned" in caplog.text and digest in caplog.text
+    caplog.clear()
+    weights.fetch(NAME, force=True)
+    assert caplog.text == "", "it is the same file"
+
+    buffer = io.BytesIO()
+    torch.save({"model": {name: tensor + 1 for name, tensor in tensors.items()}}, buffer)
+    server.content, server.etag = buffer.getvalue(), '"2"'
+    with pytest.raises(weights.WeightsError, match=rf"but one with {digest} on .*discarded.*remove .*{NAME}"):
+        weights.fetch(NAME, force=True)
+    check_store(store, tensors)
+    assert weights.verify(NAME) == "ok (not pinned)", "what was there is still there"
+
+    shutil.rmtree(store / NAME)  # the remedy that the message names
+    assert torch.equal(weights.load_state_dict(weights.fetch(NAME))["steps"], tensors["steps"] + 1)
+
+
+def test_another_address_and_a_file_by_hand_are_no_witness(
+    server: FileServer, store: Path, official: bytes, tensors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    torch.save({"state_dict": tensors}, tmp_path / "by_hand.pth")
+    weights.import_file(NAME, tmp_path / "by_hand.pth")
+    weights.fetch(NAME, force=True)
+    check_store(store, tensors)
+    assert "is not pinned" in caplog.text
+
+
 @pytest.fixture
 def pinned(official: bytes, monkeypatch: pytest.MonkeyPatch) -> weights.Entry:
     """The entry as it reads once its digest is in the manifest."""
@@ -228,7 +261,9 @@ def pinned(official: bytes, monkeypatch: pytest.MonkeyPatch) -> weights.Entry:
     return entry
 
 
-def test_a_pinned_file_is_held_against_its_digest(server: FileServer, store: Path, official: bytes, pinned, tensors):
+def test_a_pinned_file_is_held_against_its_digest(
+    server: FileServer, store: Path, official: bytes, pinned, tensors, caplog: pytest.LogCaptureFixture
+):
     server.content = official[:-1] + b"\xff"
     with pytest.raises(weights.WeightsError, match=rf"expected {pinned.sha256}; it was discarded"):
         weights.fetch(NAME)
@@ -236,7 +271,7 @@ def test_a_pinned_file_is_held_against_its_digest(server: FileServer, store: Pat
     server.content = official
     weights.fetch(NAME)
     check_store(store, tensors)
-    assert weights.verify(NAME) == "ok"
+    assert weights.verify(NAME) == "ok" and "not pinned" not in caplog.text
 
 
 def test_verify_notices_a_changed_file_a_lost_card_and_another_origin(
