@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Interrupted", "Stopped", "UsageError"]
+__all__ = ["Interrupted", "Stopped", "UsageError", "in_one_line"]
+
+_LONGEST = 300  # libraries put whole headers of files into their messages
 
 
 class UsageError(Exception):
@@ -23,3 +25,9 @@ class Interrupted(Stopped):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, cut to size, without line breaks and characters that cannot be printed."""
+    words = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

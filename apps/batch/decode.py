@@ -11,13 +11,14 @@ import importlib.util
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..errors import in_one_line
 from .remote import open_file, read_range
 from .tables import picture_bytes
 
@@ -32,6 +33,9 @@ _NOT_PHOTOGRAPHS = frozenset({"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PD
 # A longer strip would be blown up to millions of pixels when its short side is brought to the network's size, only to
 # be cropped to the middle.
 _MAX_ASPECT = 16
+
+# Pixels that are converted at once, so that what lies between one mode and the other is never as large as the picture.
+_BAND = 1 << 20
 
 
 @functools.cache
@@ -107,21 +111,43 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip everything above 255
-        return Image.fromarray(_scale_to_8_bit(np.asarray(image), image.mode)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        convert = _scaler(image)
+    elif image.has_transparency_data:
+        convert = _on_white
+    else:
+        return image.convert("RGB")
+    result = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        result.paste(convert(band), (0, top))
+    return result
 
 
-def _scale_to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Parts of full width, from the top down, each with the row that it begins at."""
+    rows = max(1, _BAND // max(1, image.width))
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+
+
+def _scaler(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """16-bit integers by their full range; wider ones and floats, whose range is anyone's, from least to greatest."""
-    if mode.startswith("I;16") or (mode == "I" and values.size and 0 <= values.min() and values.max() <= 0xFFFF):
-        return (values.astype(np.uint32) * 255 // 0xFFFF).astype(np.uint8)
-    values = np.nan_to_num(values.astype(np.float64))
-    low, high = float(values.min()), float(values.max())
-    return ((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
+    low, high = 0.0, float(0xFFFF)
+    if not image.mode.startswith("I;16"):
+        extremes = [value for _, band in _bands(image) for value in (_numbers(band).min(), _numbers(band).max())]
+        low, high = float(min(extremes)), float(max(extremes))
+    if image.mode.startswith("I") and 0 <= low and high <= 0xFFFF:
+        return lambda band: Image.fromarray((np.asarray(band).astype(np.uint32) * 255 // 0xFFFF).astype(np.uint8))
+    factor = 255 / (high - low) if high > low else 0
+    return lambda band: Image.fromarray(((_numbers(band) - low) * factor).astype(np.uint8))
+
+
+def _numbers(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image).astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -260,4 +286,4 @@ def _explain(error: Exception, source: Source) -> str:
         return "not enough memory to decode this image"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot read this file: {error.strerror}"
-    return f"damaged image: {' '.join(str(error).split()) or type(error).__name__}"
+    return f"damaged image: {in_one_line(error)}"

@@ -6,17 +6,21 @@ for `gs://`). `file://` is the path behind it.
 
 from __future__ import annotations
 
+import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
-from ..errors import UsageError
+from ..errors import UsageError, in_one_line
 from .listing import Found, has_glob
 
 __all__ = ["find", "is_remote", "local_path", "open_file", "read_range"]
 
 # What servers call the moment or the content that a file was last changed by; the first that is there counts.
 _MARKS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "updated", "created")
+
+_LARGE = 1 << 20
 
 
 def is_remote(path: str) -> bool:
@@ -50,7 +54,7 @@ def find(address: str, *, recursive: bool, wanted: Callable[[bytes], bool]) -> I
         else:
             tops = [fs.info(path)]
     except Exception as error:  # each protocol has errors of its own
-        raise UsageError(f"input {address!r} cannot be reached: {_reason(error)}") from error
+        raise UsageError(f"input {address!r} cannot be reached: {in_one_line(error)}") from error
     if not tops:
         raise UsageError(f"no file matches {address!r}")
     for info in tops:
@@ -63,9 +67,18 @@ def find(address: str, *, recursive: bool, wanted: Callable[[bytes], bool]) -> I
 def open_file(path: str) -> BinaryIO:
     """Opens a file, here or at an address, for reading at random."""
     if not is_remote(path):
-        return open(path, "rb")
+        return _File(io.FileIO(path))
     fs, there = _filesystem(path)
     return cast(BinaryIO, fs.open(there, "rb"))
+
+
+class _File(io.BufferedReader):
+    """A file that makes room for no more than it has: headers that lie ask for gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGE:
+            size = max(0, min(size, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
@@ -83,7 +96,7 @@ def _walk(fs: Any, folder: str, recursive: bool, wanted: Callable[[bytes], bool]
     try:
         level = sorted(fs.ls(folder, detail=True), key=lambda info: info["name"])
     except Exception as error:
-        yield Found(fs.unstrip_protocol(folder), f"cannot list this folder: {_reason(error)}")
+        yield Found(fs.unstrip_protocol(folder), f"cannot list this folder: {in_one_line(error)}")
         return
     for info in level:
         name = info["name"].rstrip("/")
@@ -107,8 +120,4 @@ def _filesystem(address: str) -> tuple[Any, str]:
     try:
         return url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"{address} cannot be opened: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{address} cannot be opened: {in_one_line(error)}") from error

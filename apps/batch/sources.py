@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import UsageError, in_one_line
 from .decode import image_suffixes
 from .listing import Found, expand_glob, glob_matches, has_glob, walk
 from .remote import find, is_remote, local_path, open_file
@@ -225,7 +225,7 @@ class Inputs:
         try:
             count = count_rows(path)
         except Exception as error:  # pyarrow and servers pass on errors of many kinds
-            yield Source(path, stamp=stamp, error=f"cannot read this Parquet file: {' '.join(str(error).split())}")
+            yield Source(path, stamp=stamp, error=f"cannot read this Parquet file: {in_one_line(error)}")
             return
         for row in range(count):
             yield Source(path, str(row), row, -1, stamp)
@@ -246,7 +246,7 @@ class Inputs:
                 if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
                     raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")
         except (tarfile.TarError, OSError, EOFError) as error:
-            yield Source(path, stamp=stamp, error=f"cannot read this archive (to its end): {error}")
+            yield Source(path, stamp=stamp, error=f"cannot read this archive (to its end): {in_one_line(error)}")
 
 
 class _Covered:

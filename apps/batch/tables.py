@@ -72,7 +72,10 @@ class _Cursor:
             self._group, self._first, self._rows = group, begin, []
         while row >= self._first + len(self._rows):
             self._first += len(self._rows)
-            self._rows = next(self._batches).column(0).to_pylist()
+            batch = next(self._batches, None)
+            if batch is None:
+                raise ValueError("the file has fewer rows than it says")
+            self._rows = batch.column(0).to_pylist()
         return self._rows[row - self._first]
 
     def _group_of(self, row: int) -> tuple[int, int]:
