@@ -8,7 +8,7 @@
 every other round as `explain` does; of a tar archive or Parquet file all pictures. Files that once were more than a row
 with an error, or might be, come first (`tests/apps/fuzz`). Each must give pixels of the right shape, or one line that
 says why not. Worker processes have an address space of so many MiB (`--cap`) more than whole files of each kind take,
-and end themselves after five seconds with one file: a file that breaks one of these rules, raises anything, or ends a
+and end after five seconds of computing on one file: a file that breaks one of these rules, raises anything, or ends a
 worker is a finding, with its number.
 """
 
@@ -20,6 +20,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from benchmarks.mutations import archives, mutated, pictures
 CORPUS = Path(__file__).resolve().parents[1] / "tests/apps/fuzz"
 RESULT = Path(__file__).parent / "results/fuzz.json"
 SECONDS = 5
+_HUNG = (1, -signal.SIGPROF)
 _SIDE = 32
 _MOST_ROWS = 1_000  # of one archive; a footer may claim any number
 _KINDS = ("corpus", "pictures", "archives")
@@ -142,11 +144,13 @@ def serve(kind: str, seed: int, numbers: range, cap: int) -> None:
     def report(message: dict[str, Any]) -> None:
         if "begun" in message:
             os.pwrite(3, f"{message['begun']:12d}".encode(), 0)
-            faulthandler.dump_traceback_later(SECONDS, exit=True)  # a thread of C: it ends decoders that never return
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # nobody handles it, so it ends decoders that never return
+            faulthandler.dump_traceback_later(10 * SECONDS, exit=True)  # and this, what waits without computing
         else:
             print(json.dumps(message), flush=True)
 
     work(kind, seed, numbers, report, cap)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -181,7 +185,7 @@ class Run:
             begun = os.pread(self._begun.fileno(), 12, 0).strip()
             if not begun:
                 raise RuntimeError("a worker ended before its first file")
-            ended = "hang" if self._process.returncode == 1 else f"crash: {self._process.returncode}"
+            ended = "hang" if self._process.returncode in _HUNG else f"crash: {self._process.returncode}"
             self.findings.append({"finding": int(begun), "what": ended})
             self._start(range(int(begun) + self.numbers.step, self.numbers.stop, self.numbers.step))
 
