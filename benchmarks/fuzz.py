@@ -138,12 +138,12 @@ def _limit_memory(cap: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def serve(kind: str, seed: int, numbers: range, cap: int) -> None:
-    """A worker process: reports as lines of JSON; begun files at a place of its own in a file that it inherits."""
+def serve(kind: str, seed: int, numbers: range, cap: int, begun: int) -> None:
+    """A worker process: reports as lines of JSON, and which file it has begun in a file that it inherits."""
 
     def report(message: dict[str, Any]) -> None:
         if "begun" in message:
-            os.pwrite(3, f"{message['begun']:12d}".encode(), 0)
+            os.pwrite(begun, f"{message['begun']:12d}".encode(), 0)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # nobody handles it, so it ends decoders that never return
             faulthandler.dump_traceback_later(10 * SECONDS, exit=True)  # and this, what waits without computing
         else:
@@ -165,16 +165,20 @@ class Run:
         self._start(numbers)
 
     def _start(self, numbers: range) -> None:
-        arguments = [self.kind, self.options.seed, numbers.start, numbers.stop, numbers.step, self.options.cap]
-        os.pwrite(self._begun.fileno(), b" " * 12, 0)
-        os.dup2(self._begun.fileno(), 3)
+        begun, steps = self._begun.fileno(), (numbers.start, numbers.stop, numbers.step)
+        arguments = [self.kind, self.options.seed, *steps, self.options.cap, begun]
+        os.pwrite(begun, b" " * 12, 0)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", *map(str, arguments)], stdout=subprocess.PIPE, pass_fds=[3],
+            [sys.executable, __file__, "--worker", *map(str, arguments)], stdout=subprocess.PIPE, pass_fds=[begun],
             stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
         )  # fmt: skip
 
     def wait(self) -> None:
         """Until all files were tried."""
+        with self._begun:
+            self._wait()
+
+    def _wait(self) -> None:
         while True:
             out, _ = self._process.communicate()
             told = [json.loads(line) for line in out.splitlines()]
@@ -238,12 +242,12 @@ def main() -> None:
     parser.add_argument("--cap", type=int, default=3072, help="MiB that one file may take")
     parser.add_argument("--show", type=int, metavar="N", help="write out one picture, or with --pictures 0 one archive")
     parser.add_argument("--json", type=Path, default=RESULT)
-    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         kind, *numbers = options.worker
-        seed, start, stop, step, cap = map(int, numbers)
-        serve(kind, seed, range(start, stop, step), cap)
+        seed, start, stop, step, cap, begun = map(int, numbers)
+        serve(kind, seed, range(start, stop, step), cap, begun)
         return
     if options.show is not None:
         show(options, "pictures" if options.pictures else "archives")

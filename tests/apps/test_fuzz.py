@@ -44,11 +44,12 @@ def test_broken_files_become_rows_within_time_and_memory(kind, count):
     assert kind == "corpus" or all(form["refused"] for form in result["formats"].values())
 
 
-def test_a_worker_that_a_file_ends_is_a_finding_and_the_rest_goes_on():
-    result = measure(options(cap=1), "corpus", len(CORPUS_FILES))  # too little for pictures that claim to be large
-    found = {CORPUS_FILES[finding["finding"]] for finding in result["findings"]}
-    assert "png-flat-and-clear.png" in found
-    assert sum(form["decoded"] + form["refused"] for form in result["formats"].values()) > 0
+def test_a_picture_beyond_the_cap_is_a_finding():
+    number = CORPUS_FILES.index("png-flat-and-clear.png")
+    result = measure(options(cap=128, first=number), "corpus", 1)
+    assert result["findings"] == [
+        {"finding": number, "file": CORPUS_FILES[number], "what": "AssertionError: beyond the cap"}
+    ]
 
 
 def test_the_same_number_is_the_same_file():
