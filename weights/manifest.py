@@ -9,16 +9,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from typing import Any, Literal
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports] - only installed where it is needed
 
 __all__ = ["Entry", "WeightsError", "entries", "entry"]
 

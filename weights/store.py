@@ -328,7 +328,7 @@ def _card(e: Entry, source: str, official: Path, ours: Path) -> dict[str, Any]:
         "source": source,
         "official": {"sha256": _sha256(official), "size": official.stat().st_size},
         "file": {"name": _FILE, "sha256": _sha256(ours), "size": ours.stat().st_size},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "license": e.license,
         "paper": e.paper,
         "origin": e.origin_url,
