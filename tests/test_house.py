@@ -211,7 +211,7 @@ def test_the_metadata_is_as_promised(setup_cfg: configparser.ConfigParser):
     assert setup_cfg["metadata"]["name"] == "attnsuite"
     assert setup_cfg["metadata"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert setup_cfg["options"]["python_requires"] == ">=3.10"
+    assert setup_cfg["options"]["python_requires"] == ">=3.11"
     assert {"test", "dev", "ray", "heic", "browser", "demo"} <= set(setup_cfg["options.extras_require"])
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="attnsuite")
     assert script.value == "apps.cli:main" and callable(script.load())
@@ -244,6 +244,17 @@ def test_the_readme_offers_two_commands_of_one_line_each():
 def test_ci_runs_the_second_command_of_the_readme():
     shown = subprocess.run([str(ROOT / ".ci" / "run"), "--show"], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == bash_blocks((ROOT / "README.md").read_text(encoding="utf-8"))[1]
+
+
+def test_ci_also_tests_the_oldest_versions(setup_cfg: configparser.ConfigParser):
+    shown = subprocess.run([str(ROOT / ".ci" / "oldest"), "--show"], capture_output=True, text=True, check=True)
+    oldest = {r.name: r for r in requirements(shown.stdout)}
+    extras = setup_cfg["options.extras_require"]
+    blocks = [setup_cfg["options"]["install_requires"], *(extras[name] for name in extras if name != "dev")]
+    claimed = [r for block in blocks for r in requirements(block) if r.name != "attnsuite"]
+    for r in claimed:
+        assert str(r).replace(">=", "==") == str(oldest[r.name])
+    assert len(claimed) > 30 and set(oldest) == {r.name for r in claimed} | {"opencv-python"}
 
 
 def test_samples_are_small_photographs_with_credit():
