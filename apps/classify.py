@@ -37,7 +37,6 @@ class Classify(Stage):
             raise UsageError(f"--top-k {top_k} asks for more than the {classes} classes of {network.label}")
         super().__init__(network, compute)
         self.top_k = min(5, classes) if top_k is None else top_k
-        self._call = torch.compile(self.module) if compute.compile else self.module
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -47,7 +46,7 @@ class Classify(Stage):
 
     def run(self, images: torch.Tensor, batch: Batch, places: Sequence[int]) -> list[Row]:
         """Softmax over all classes, then the largest."""
-        probabilities, classes = self.forward(images, self._call).softmax(dim=1).topk(self.top_k)
+        probabilities, classes = self.forward(images).softmax(dim=1).topk(self.top_k)
         return [self._row(p, c) for p, c in zip(probabilities.tolist(), classes.tolist(), strict=True)]
 
     def describe(self, row: Row) -> str:

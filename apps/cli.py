@@ -46,6 +46,7 @@ def classify(
     model: ModelChoice,
     clip: ClipChoice,
     machine: opt.Compiled,
+    distributed: opt.Distributed,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Labels an image; 5, or all if there are fewer.", show_default=False)
     ] = None,
@@ -76,7 +77,7 @@ def classify(
     from .run import RunOptions, finish, run
 
     words = in_words(labels, template, clip.named)
-    options = RunOptions(reading, model if words is None else clip.instead_of(model), writing, machine)
+    options = RunOptions(reading, model if words is None else clip.instead_of(model), writing, machine, distributed)
     summary = run(
         "classify",
         options,
@@ -94,6 +95,7 @@ def embed(
     model: ModelChoice,
     clip: ClipChoice,
     machine: opt.Compiled,
+    distributed: opt.Distributed,
     stage: Annotated[
         int | None,
         typer.Option(
@@ -110,7 +112,7 @@ def embed(
     from .embed import Embed
     from .run import RunOptions, finish, run
 
-    options = RunOptions(reading, clip.instead_of(model) if clip.named else model, writing, machine)
+    options = RunOptions(reading, clip.instead_of(model) if clip.named else model, writing, machine, distributed)
     summary = run("embed", options, lambda net, compute, _: Embed(net, compute, stage), {"stage": stage})
     return finish(summary, writing.as_json)
 
@@ -161,6 +163,7 @@ def explain(
     writing: opt.WritingPictures,
     model: ModelChoice,
     machine: opt.Batches,
+    distributed: opt.Distributed,
     target: Annotated[
         str | None,
         typer.Option(help="Class to explain, by name or index; else the most likely.", show_default=False),
@@ -197,7 +200,7 @@ def explain(
     drawn, folder = look(method, at, layer, connectivity), writing.output
     summary = run(
         "explain",
-        RunOptions(reading, model, replace(writing, output=rows_file(folder)), machine),
+        RunOptions(reading, model, replace(writing, output=rows_file(folder)), machine, distributed),
         lambda net, compute, sources: Explain(net, compute, folder, sources.root, target, opacity, npy, drawn),
         {"target": target, "opacity": opacity, "npy": npy, "look": asdict(drawn)},
         cpu_batch=8,
@@ -213,6 +216,7 @@ def segment(
     writing: opt.WritingPictures,
     model: SegmenterChoice,
     machine: opt.Machine,
+    distributed: opt.Distributed,
     size: Annotated[
         int | None,
         typer.Option(
@@ -242,7 +246,7 @@ def segment(
     factors, folder = read_scales(scales), writing.output
     summary = run(
         "segment",
-        RunOptions(reading, model, replace(writing, output=rows_file(folder)), machine),
+        RunOptions(reading, model, replace(writing, output=rows_file(folder)), machine, distributed),
         lambda net, compute, sources: Segment(net, compute, folder, sources.root, size, factors, opacity),
         {"size": size, "scales": scales, "opacity": opacity},
         cpu_batch=1,

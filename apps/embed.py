@@ -29,8 +29,7 @@ class Embed(Stage):
     def __init__(self, network: Network, compute: Compute, stage: int | None = None) -> None:
         super().__init__(network, compute)
         self.stage = None if stage is None else _stage_index(network, stage)
-        call = self._pooled if stage is None else self._of_stage
-        self._call = torch.compile(call) if compute.compile else call
+        self._call = self._pooled if stage is None else self._of_stage
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .batch.sources import Inputs
@@ -16,14 +19,21 @@ __all__ = [
     "Batches",
     "Checkpoint",
     "Compiled",
+    "CpusPerWorker",
     "Debug",
     "Device",
+    "Distributed",
+    "EngineName",
+    "GpusPerWorker",
     "Json",
     "Machine",
+    "MemoryPerWorker",
     "Model",
+    "NumWorkers",
     "Output",
     "Overwrite",
     "RandomWeights",
+    "RayAddress",
     "ReadTimeout",
     "Reading",
     "Resume",
@@ -35,6 +45,9 @@ __all__ = [
 ]
 
 _INPUT, _MODEL, _OUTPUT, _SPEED = "What to read", "Which model", "What to write", "How fast"
+_WIDE = "On how many machines"
+
+Engines = Literal["local", "ray"]
 
 Images = Annotated[
     list[str],
@@ -167,6 +180,52 @@ Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the network first (torch.compile).", rich_help_panel=_SPEED)
 ]
 
+EngineName = Annotated[
+    Engines,
+    typer.Option("--engine", help="local, or ray for Ray Data on a cluster of machines.", rich_help_panel=_WIDE),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Head of a running cluster, or auto; else Ray is started on this machine for the run.",
+        rich_help_panel=_WIDE,
+        show_default=False,
+    ),
+]
+NumWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With ray: copies of the model; by default as many as there is room for.",
+        rich_help_panel=_WIDE,
+        show_default=False,
+    ),
+]
+CpusPerWorker = Annotated[
+    int | None,
+    typer.Option(min=1, help="With ray: cores and threads of each; 1.", rich_help_panel=_WIDE, show_default=False),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="With ray: GPUs of each, 0.5 for two on one; by default 1 where there are any.",
+        rich_help_panel=_WIDE,
+        show_default=False,
+    ),
+]
+MemoryPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        metavar="GIB",
+        help="With ray: memory that is set aside for each.",
+        rich_help_panel=_WIDE,
+        show_default=False,
+    ),
+]
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -294,3 +353,45 @@ class Compiled(Batches):
     def compiles(self) -> bool:
         """As the user says."""
         return self.compile
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Which engine runs a verb, and what it may take of a cluster.
+
+    Attributes:
+        engine: `local` or `ray`.
+        ray_address: Of a running cluster; None to start one here.
+        num_workers: Copies of the model; None for as many as there is room for.
+        cpus_per_worker: Cores of each; None for one.
+        gpus_per_worker: GPUs of each; None for one where there are any.
+        memory_per_worker: GiB set aside for each; None leaves it to Ray.
+    """
+
+    engine: EngineName = "local"
+    ray_address: RayAddress = None
+    num_workers: NumWorkers = None
+    cpus_per_worker: CpusPerWorker = None
+    gpus_per_worker: GpusPerWorker = None
+    memory_per_worker: MemoryPerWorker = None
+
+    def check(self, machine: Machine) -> None:
+        """Refuses what cannot be, before any work.
+
+        Args:
+            machine: The options for one machine.
+
+        Raises:
+            UsageError: An option of the other engine was given, or Ray is not installed.
+        """
+        if self.engine == "ray":
+            given = [f"--{name}" for name in ("workers", "threads") if getattr(machine, name) is not None]
+            hint = "with --engine ray it is --num-workers and --cpus-per-worker"
+        else:
+            names = [field.name for field in fields(self) if field.name != "engine"]
+            given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+            hint = "this is about --engine ray"
+        if given:
+            raise UsageError(f"{', '.join(given)}: {hint}")
+        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise UsageError('--engine ray needs Ray: pip install "attnsuite[ray]"')

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
+from .batch.engines import Engine, run_local
 from .batch.job import Job, Screen, Summary, check_output
 from .batch.stage import Compute, Stage, pick_device
 from .console import FetchBar, RowTable, RowText, RunReport, print_summary
-from .options import Machine, Reading, Writing
+from .options import Distributed, Machine, Reading, Writing
 
 if TYPE_CHECKING:
     from .batch.sources import Inputs
@@ -56,12 +60,14 @@ class RunOptions:
         model: Which model.
         writing: Where rows go.
         machine: What may be taken of the machine.
+        distributed: Which engine, and what may be taken of a cluster.
     """
 
     reading: Reading
     model: Choice
     writing: Writing
     machine: Machine
+    distributed: Distributed = field(default_factory=Distributed)
 
 
 def run(
@@ -92,33 +98,28 @@ def run(
         Stopped: The run ended early.
     """
     report = RunReport()
+    options.distributed.check(options.machine)
     reading, writing, machine = options.reading, options.writing, options.machine
     if writing.output is not None:
         check_output(writing.output)
     inputs = reading.find(report.note)
     output = writing.output if inputs.shard is None or writing.output is None else inputs.shard.part(writing.output)
     resolved = options.model.resolve()
-    device = pick_device(machine.device)
-    batch_size = machine.batch(cpu_batch if device.type == "cpu" else gpu_batch)
-    compute = Compute(device, machine.amp, machine.compiles, batch_size)
+    device, on_gpu = _place(options.distributed, machine.device)
+    compute = Compute(device, machine.amp, machine.compiles, machine.batch(gpu_batch if on_gpu else cpu_batch))
 
     def make_stage() -> Stage:
         if machine.threads is not None:
-            import torch
-
             torch.set_num_threads(machine.threads)
         return make(_load(resolved), compute, inputs)
 
-    workers = default_workers(device.type) if machine.workers is None else machine.workers
-    # All that the rows depend on; speed (batch size, workers, device, threads) is not part of it.
+    # All that the rows depend on; speed (batch size, workers, device, engine) is not part of it.
     command = {
         "verb": verb, "model": resolved.label, "weights": resolved.identity, **reading.facts(), "amp": machine.amp,
         **settings,
     }  # fmt: skip
-    job = Job(
-        inputs, make_stage, command, report, batch_size, workers, writing.resume, writing.overwrite,
-        reading.read_timeout,
-    )  # fmt: skip
+    engine = _engine(options, compute, report)
+    job = Job(inputs, make_stage, command, report, engine, writing.resume, writing.overwrite)
     if output is not None:
         return job.to_file(output)
     return job.to_screen(screen or _screen(writing.as_json))
@@ -128,6 +129,33 @@ def finish(summary: Summary, as_json: bool) -> int:
     """Says what came of a run; its exit code."""
     print_summary(summary, as_json)
     return 1 if summary.failed else 0
+
+
+def _engine(options: RunOptions, compute: Compute, report: RunReport) -> Engine:
+    machine, distributed = options.machine, options.distributed
+    common: dict[str, Any] = {"batch_size": compute.batch_size, "read_timeout": options.reading.read_timeout}
+    if distributed.engine == "local":
+        workers = default_workers(compute.device.type) if machine.workers is None else machine.workers
+        return partial(run_local, workers=workers, **common)
+    from .batch.cluster import Cluster, run_ray
+
+    cluster = Cluster(
+        distributed.ray_address,
+        distributed.num_workers,
+        distributed.cpus_per_worker or 1,
+        distributed.gpus_per_worker,
+        distributed.memory_per_worker,
+        machine.device,
+    )
+    return partial(run_ray, cluster=cluster, note=report.note, **common)
+
+
+def _place(distributed: Distributed, device: str) -> tuple[torch.device, bool]:
+    """Where this process holds the network, and whether GPUs run it; with Ray, workers pick devices of their own."""
+    if distributed.engine == "ray":
+        return torch.device("cpu"), bool(distributed.gpus_per_worker) or device.startswith("cuda")
+    picked = pick_device(device)
+    return picked, picked.type != "cpu"
 
 
 def _load(resolved: Resolved) -> Network:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,15 @@ def bare_rate(module: Any, images: Any, count: int) -> float:
 
 def job_rate(stage: Any, inputs: Any, workers: int | None, batch_size: int) -> float:
     """Images a second of a whole run into a CSV file, from the first file listed to the last row on disk."""
+    from apps.batch.engines import run_local
     from apps.batch.job import Job
     from apps.console import RunReport
     from apps.run import default_workers
 
     workers = default_workers("cpu") if workers is None else workers
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(inputs, lambda: stage, {"benchmark": "batch"}, RunReport(), batch_size, workers)
+        engine = partial(run_local, batch_size=batch_size, workers=workers)
+        job = Job(inputs, lambda: stage, {"benchmark": "batch"}, RunReport(), engine)
         begin = time.perf_counter()
         summary = job.to_file(os.path.join(folder, "rows.csv"))
         seconds = time.perf_counter() - begin
@@ -141,6 +144,7 @@ def classify_with_a_stub(folder: str, output: str) -> None:
     from torch import nn
 
     sys.path.insert(0, str(ROOT))
+    from apps.batch.engines import run_local
     from apps.batch.job import Job
     from apps.batch.sources import Inputs
     from apps.batch.stage import Compute
@@ -154,7 +158,8 @@ def classify_with_a_stub(folder: str, output: str) -> None:
         nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), "stub", [f"class_{i}" for i in range(10)], config
     )
     stage = Classify(network, Compute(torch.device("cpu")))
-    Job(Inputs([folder]), lambda: stage, {}, RunReport(), 32, default_workers("cpu")).to_file(output)
+    engine = partial(run_local, batch_size=32, workers=default_workers("cpu"))
+    Job(Inputs([folder]), lambda: stage, {}, RunReport(), engine).to_file(output)
 
 
 def print_tables(results: dict[str, Any]) -> None:

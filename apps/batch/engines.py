@@ -1,4 +1,4 @@
-"""The local engine: worker processes decode while this process runs the network.
+"""What engines share, and the local one: worker processes decode while this process runs the network.
 
 Batches come back in the order they were handed out, and only a few are under way at any time, so memory does not
 depend on how many inputs there are.
@@ -11,18 +11,55 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import Stopped
 from .decode import Decoder
+from .processor import WORKERS_SPARE, keep_freed_memory
 from .sources import Source
 from .stage import Batch, Row, Stage, decode
 
-__all__ = ["Stop", "run_local"]
+__all__ = ["Emit", "Engine", "Rest", "Stop", "run_local", "stage_rows"]
 
 _PREFETCH = 2
+
+Emit = Callable[[Sequence[Source], list[Row]], None]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What of a run's inputs is still to do.
+
+    Attributes:
+        sources: The sources themselves, one after the other.
+        inputs: All inputs of the run, for an engine that lists them in another process.
+        done: How many of them come before the rest.
+    """
+
+    sources: Iterator[Source]
+    inputs: Iterable[Source]
+    done: int
+
+
+class Engine(Protocol):
+    """Moves sources through a stage."""
+
+    def __call__(self, stage: Stage, rest: Rest, emit: Emit, stop: Stop) -> None:
+        """Works until all is done or a stop is asked for.
+
+        Args:
+            stage: The work.
+            rest: The inputs that are to do.
+            emit: Takes each batch's sources with their rows, in order.
+            stop: Whether to end early.
+
+        Raises:
+            Stopped: It cannot go on; what was emitted before is whole.
+        """
+        ...
 
 
 class Stop:
@@ -53,31 +90,33 @@ class Stop:
 
 def run_local(
     stage: Stage,
-    sources: Iterator[Source],
-    emit: Callable[[Batch, list[Row]], None],
+    rest: Rest,
+    emit: Emit,
+    stop: Stop,
     *,
     batch_size: int,
     workers: int,
-    stop: Stop,
     read_timeout: float | None = None,
 ) -> None:
     """Runs a stage over sources on this machine.
 
     Args:
         stage: The work.
-        sources: The inputs.
-        emit: Takes each batch with its rows, in order.
+        rest: The inputs that are to do.
+        emit: Takes each batch's sources with their rows, in order.
+        stop: Asked after every batch.
         batch_size: Inputs a batch.
         workers: Decode processes; 0 decodes in this one.
-        stop: Asked after every batch.
         read_timeout: Seconds that reading one input may take; None for any time.
 
     Raises:
         Stopped: A worker died or the network failed; what was emitted before is whole.
     """
+    if stage.compute.device.type == "cpu":
+        keep_freed_memory()
     try:
-        for batch in _decoded(_Decoding(stage.decoder, read_timeout), sources, batch_size, workers):
-            emit(batch, _rows(stage, batch))
+        for batch in _decoded(_Decoding(stage.decoder, read_timeout), rest.sources, batch_size, workers):
+            emit(batch.sources, stage_rows(stage, batch))
             if stop.signum is not None:
                 return
     except RuntimeError as error:
@@ -135,6 +174,7 @@ def _start_worker(index: int) -> None:
     """Ctrl-C reaches every process of a terminal; the main process handles it and ends workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    keep_freed_memory(WORKERS_SPARE)
     os.nice(10)  # on a busy machine the network goes first; decoding only has to keep up
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
@@ -146,7 +186,12 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _rows(stage: Stage, batch: Batch) -> list[Row]:
+def stage_rows(stage: Stage, batch: Batch) -> list[Row]:
+    """The rows of a batch.
+
+    Raises:
+        Stopped: The network failed; the message says on what.
+    """
     try:
         return stage.rows(batch)
     except (RuntimeError, MemoryError) as error:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
 
 from ..errors import Interrupted, Stopped, UsageError
-from .engines import Stop, run_local
+from .engines import Emit, Engine, Rest, Stop
 from .ledger import Commit, Kept, Ledger, digest, digest_inputs
 from .sinks import SUFFIXES, FileSink, Lost, file_sink
 from .sources import Inputs, Source
-from .stage import COMMON_COLUMNS, Batch, Column, Row, Stage
+from .stage import COMMON_COLUMNS, Column, Row, Stage
 
 __all__ = ["Job", "Report", "Screen", "Summary", "check_output"]
 
@@ -95,22 +95,18 @@ class Job:
         make_stage: Loads the network and makes the stage; called only if there is something to do.
         command: What the rows depend on, besides the inputs' content.
         report: Told how it goes.
-        batch_size: Inputs a batch.
-        workers: Decode processes.
+        engine: Moves the inputs through the stage.
         resume: Go on where an earlier run of the same command ended.
         overwrite: Replace what an earlier run wrote.
-        read_timeout: Seconds that reading one input may take; None for any time.
     """
 
     inputs: Inputs
     make_stage: Callable[[], Stage]
     command: dict[str, Any]
     report: Report
-    batch_size: int
-    workers: int
+    engine: Engine
     resume: bool = True
     overwrite: bool = False
-    read_timeout: float | None = None
 
     def to_screen(self, screen: Screen) -> Summary:
         """Runs over all inputs and shows the rows; nothing is kept."""
@@ -118,12 +114,12 @@ class Job:
         tally = _Tally(self.report)
         screen.begin(stage, COMMON_COLUMNS + stage.columns)
 
-        def emit(batch: Batch, rows: list[Row]) -> None:
+        def emit(sources: Sequence[Source], rows: list[Row]) -> None:
             screen.show(rows)
             tally.add(rows)
 
         with Stop() as stop:
-            self._work(stage, iter(self.inputs), emit, stop, tally)
+            self._work(stage, self._rest(iter(self.inputs), 0), emit, stop, tally)
         if stop.signum is not None:
             raise Interrupted(f"stopped after {tally.rows:,} rows", stop.signum)
         return tally.summary(Kept(), None)
@@ -156,8 +152,8 @@ class Job:
             ledger.begin(kept)
             sink.begin(kept.end)
             with Stop() as stop:
-                rest = sources if first is None else chain([first], sources)
-                self._work(stage, rest, _recorder(sink, ledger, tally, kept.end), stop, tally, kept.rows)
+                rest = self._rest(sources if first is None else chain([first], sources), kept.rows)
+                self._work(stage, rest, _recorder(sink, ledger, tally, kept.end), stop, tally)
                 if stop.signum is None:
                     sink.finish()
                     ledger.finish()
@@ -208,22 +204,14 @@ class Job:
             raise UsageError(f"{output} was changed by something else; choose another -o, or --overwrite it")
         return kept, iter(())
 
-    def _work(
-        self,
-        stage: Stage,
-        sources: Iterator[Source],
-        emit: Callable[[Batch, list[Row]], None],
-        stop: Stop,
-        tally: _Tally,
-        done: int = 0,
-    ) -> None:
-        self.report.start(self.inputs, done)
+    def _rest(self, sources: Iterator[Source], done: int) -> Rest:
+        return Rest(sources, replace(self.inputs, note=_say_nothing), done)
+
+    def _work(self, stage: Stage, rest: Rest, emit: Emit, stop: Stop, tally: _Tally) -> None:
+        self.report.start(self.inputs, rest.done)
         tally.begin()
         try:
-            run_local(
-                stage, sources, emit, batch_size=self.batch_size, workers=self.workers, stop=stop,
-                read_timeout=self.read_timeout,
-            )  # fmt: skip
+            self.engine(stage, rest, emit, stop)
         finally:
             tally.end()
             self.report.stop()
@@ -255,17 +243,21 @@ class _Tally:
         return Summary(kept.rows + self.rows, kept.failed + self.failed, self.rows, self._end - self._start, output)
 
 
-def _recorder(sink: FileSink, ledger: Ledger, tally: _Tally, end: int) -> Callable[[Batch, list[Row]], None]:
+def _recorder(sink: FileSink, ledger: Ledger, tally: _Tally, end: int) -> Emit:
     """Writes a batch's rows, then the line in the ledger that makes them count."""
 
-    def emit(batch: Batch, rows: list[Row]) -> None:
+    def emit(sources: Sequence[Source], rows: list[Row]) -> None:
         nonlocal end
         content = sink.append(rows)
         end += len(content)
-        ledger.record(Commit(len(rows), _failed(rows), digest_inputs(batch.sources), digest(content), end))
+        ledger.record(Commit(len(rows), _failed(rows), digest_inputs(sources), digest(content), end))
         tally.add(rows)
 
     return emit
+
+
+def _say_nothing(message: str) -> None:
+    """What is to be said of inputs is said when they are listed here; another process lists them without a word."""
 
 
 def _failed(rows: list[Row]) -> int:

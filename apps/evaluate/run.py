@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..batch.engines import Stop, run_local
+from ..batch.engines import Rest, Stop, run_local
 from ..batch.sinks import CsvSink
 from ..batch.sources import Source
-from ..batch.stage import COMMON_COLUMNS, Batch, Compute, Row, pick_device
+from ..batch.stage import COMMON_COLUMNS, Compute, Row, pick_device
 from ..console import FetchBar, RunReport
 from ..errors import Interrupted, Stopped, UsageError
 from ..labelled import Labelled, find, splits
@@ -201,13 +201,13 @@ def _work(stage: Evaluate, plan: Plan, workers: int, report: RunReport, output: 
     sink = None if output is None else CsvSink(os.path.join(output, "predictions.csv"), COMMON_COLUMNS + stage.columns)
     done = 0
 
-    def emit(batch: Batch, rows: list[Row]) -> None:
+    def emit(sources: Sequence[Source], rows: list[Row]) -> None:
         nonlocal done
-        for source, row in zip(batch.sources, rows, strict=True):
+        for source, row in zip(sources, rows, strict=True):
             if row["status"] == "error":
                 failed.add(source, row)
         if sink is not None:
-            sink.append([r for s, r in zip(batch.sources, rows, strict=True) if getattr(s, "corruption", None) is None])
+            sink.append([r for s, r in zip(sources, rows, strict=True) if getattr(s, "corruption", None) is None])
         done += len(rows)
         report.advance(len(rows))
 
@@ -217,7 +217,8 @@ def _work(stage: Evaluate, plan: Plan, workers: int, report: RunReport, output: 
             sink.begin(0)
         report.start(range(len(plan)), 0)
         with Stop() as stop:
-            run_local(stage, iter(plan), emit, batch_size=stage.compute.batch_size, workers=workers, stop=stop)
+            rest = Rest(iter(plan), plan, 0)
+            run_local(stage, rest, emit, stop, batch_size=stage.compute.batch_size, workers=workers)
         if stop.signum is not None and done < len(plan):
             raise Interrupted(f"stopped after {done:,} of {len(plan):,} predictions; nothing is reported", stop.signum)
         if sink is not None:

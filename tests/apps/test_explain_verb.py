@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from PIL import Image
 from support import SAMPLES
 
 from apps.batch.decode import View
+from apps.batch.engines import run_local
 from apps.batch.job import Job
 from apps.batch.sources import Inputs
 from apps.batch.stage import Compute
@@ -99,7 +101,7 @@ def test_a_network_that_cannot_be_explained_leaves_nothing(tmp_path):
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
     network = Network(flat, "flat", ["a", "b"], config)
     stage = Explain(network, Compute(torch.device("cpu")), str(tmp_path), str(SAMPLES))
-    job = Job(Inputs([str(SAMPLES)]), lambda: stage, {}, RunReport(), batch_size=2, workers=0)
+    job = Job(Inputs([str(SAMPLES)]), lambda: stage, {}, RunReport(), partial(run_local, batch_size=2, workers=0))
     with pytest.raises(UsageError, match="flat cannot be explained"):
         job.to_file(str(tmp_path / "rows.jsonl"))
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 from support import ROOT, wait_for
 
 from apps.batch.decode import Decoded, Decoder, Framing
+from apps.batch.engines import run_local
 from apps.batch.job import Job
 from apps.batch.sources import Inputs, Source
 from apps.batch.stage import Compute, decode
@@ -43,7 +45,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def job(stage: Classify, inputs: Any, **options: Any) -> Job:
-    return Job(inputs, lambda: stage, {"test": "faults"}, RunReport(), 4, **{"workers": 0, **options})
+    engine = partial(run_local, **{"batch_size": 4, "workers": 0, **options})
+    return Job(inputs, lambda: stage, {"test": "faults"}, RunReport(), engine)
 
 
 class Meanwhile(Inputs):
@@ -151,20 +154,23 @@ def test_ctrl_c_while_the_last_rows_are_written(start, run, photos, tmp_path):
 
 LITTLE_MEMORY = """
 import resource, sys
+from functools import partial
 from pathlib import Path
 import torch
+from apps.batch.engines import run_local
 from apps.batch.job import Job
 from apps.batch.sources import Inputs
 from apps.batch.stage import Compute
 from apps.classify import Classify
 from apps.console import RunReport
 from apps.models import ModelChoice, load, resolve
+engine = partial(run_local, batch_size=4, workers=0)
 network = load(resolve(ModelChoice("litv2_nano", random_weights=True)))
 stage = Classify(network, Compute(torch.device("cpu"), batch_size=4), 1)
-Job(Inputs([sys.argv[1]], limit=1), lambda: stage, {}, RunReport(), 4, 0).to_file(sys.argv[2] + ".first.csv")
+Job(Inputs([sys.argv[1]], limit=1), lambda: stage, {}, RunReport(), engine).to_file(sys.argv[2] + ".first.csv")
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (300 << 20), resource.RLIM_INFINITY))
-Job(Inputs([sys.argv[1]]), lambda: stage, {}, RunReport(), 4, 0).to_file(sys.argv[2])
+Job(Inputs([sys.argv[1]]), lambda: stage, {}, RunReport(), engine).to_file(sys.argv[2])
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from support import SAMPLES
 
+from apps.batch.engines import run_local
 from apps.batch.job import Job
 from apps.batch.sources import Inputs, Source
 from apps.batch.stage import Compute
@@ -51,9 +53,8 @@ def stage() -> Classify:
 
 def rows(stage: Classify, arguments: list[str], folder: Path, workers: int = 0) -> list[dict[str, str]]:
     output = folder / "rows.csv"
-    Job(Inputs(arguments), lambda: stage, {"test": arguments}, RunReport(), 2, workers, overwrite=True).to_file(
-        str(output)
-    )
+    engine = partial(run_local, batch_size=2, workers=workers)
+    Job(Inputs(arguments), lambda: stage, {"test": arguments}, RunReport(), engine, overwrite=True).to_file(str(output))
     with open(output, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
