@@ -1,0 +1,68 @@
+"""What the processor and the C library decide: where speed comes from, and that results do not move."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import ROOT
+from torch import nn
+
+from apps.batch import processor
+from apps.batch.stage import Compute
+from apps.classify import Classify
+from apps.models import ModelChoice, Network, load, resolve
+
+_FAULTS = """
+import resource, sys, torch
+from apps.batch.processor import keep_freed_memory
+if len(sys.argv) > 1:
+    keep_freed_memory(*map(int, sys.argv[2:]))
+faults = []
+for _ in range(12):
+    torch.ones(24 << 20, dtype=torch.uint8), torch.ones(64 << 20, dtype=torch.uint8)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[5])  # the first few find their places
+"""
+
+
+def faults(*argv: object) -> int:
+    command = [sys.executable, "-c", _FAULTS, *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1"})
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no mallopt")
+def test_what_layers_free_is_not_cleared_again_for_the_next():
+    left_alone, kept, spare = faults(), faults("keep"), faults("keep", 128 << 20)
+    assert kept < left_alone / 5
+    assert spare > left_alone / 4  # a decode process gives the largest blocks back
+
+
+def test_networks_get_channels_last_on_a_cpu_and_say_the_same():
+    network = load(resolve(ModelChoice("resnet10t", random_weights=True)))
+    layouts = []
+
+    class Watched(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            layouts.append(images.is_contiguous(memory_format=torch.channels_last))
+            return network.module(images)
+
+    stage = Classify(Network(Watched(), "watched", network.labels, network.data_config), Compute(torch.device("cpu")))
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = network.module(images)
+    torch.testing.assert_close(stage.forward(images), expected, atol=1e-5, rtol=1e-4)
+    assert layouts == [True]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("amx", [False, True])
+def test_bfloat16_is_a_matter_of_instructions(monkeypatch, bf16, amx):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert processor.has_bfloat16() is (bf16 or amx)
