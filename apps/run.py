@@ -13,6 +13,7 @@ import torch
 
 from .batch.engines import Engine, run_local
 from .batch.job import Job, Screen, Summary, check_output
+from .batch.processor import has_bfloat16
 from .batch.stage import Compute, Stage, pick_device
 from .console import FetchBar, RowTable, RowText, RunReport, print_summary
 from .options import Distributed, Machine, Reading, Writing
@@ -107,6 +108,8 @@ def run(
     resolved = options.model.resolve()
     device, on_gpu = _place(options.distributed, machine.device)
     compute = Compute(device, machine.amp, machine.compiles, machine.batch(gpu_batch if on_gpu else cpu_batch))
+    if machine.amp and device.type == "cpu" and not has_bfloat16():
+        report.note("--amp: this processor has no instructions for bfloat16, so it is slower with --amp than without")
 
     def make_stage() -> Stage:
         if machine.threads is not None:

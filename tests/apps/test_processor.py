@@ -8,13 +8,15 @@ import sys
 
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, SAMPLES
 from torch import nn
 
+from apps import run as run_module
 from apps.batch import processor
 from apps.batch.stage import Compute
 from apps.classify import Classify
 from apps.models import ModelChoice, Network, load, resolve
+from apps.options import Machine, Reading, Writing
 
 _FAULTS = """
 import resource, sys, torch
@@ -66,3 +68,17 @@ def test_bfloat16_is_a_matter_of_instructions(monkeypatch, bf16, amx):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert processor.has_bfloat16() is (bf16 or amx)
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_half_precision_without_instructions_for_it_goes_on_with_a_note(monkeypatch, capsys, tmp_path, able):
+    monkeypatch.setattr(run_module, "has_bfloat16", lambda: able)
+    options = run_module.RunOptions(
+        Reading([str(SAMPLES / "cat.jpg")]),
+        ModelChoice("resnet10t", random_weights=True),
+        Writing(str(tmp_path / "rows.jsonl")),
+        Machine(workers=0, device="cpu", amp=True),
+    )
+    summary = run_module.run("classify", options, lambda network, compute, _: Classify(network, compute), {})
+    assert (summary.rows, summary.failed) == (1, 0)
+    assert ("no instructions for bfloat16" in capsys.readouterr().err) is not able
