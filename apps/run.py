@@ -114,12 +114,15 @@ def run(
     def make_stage() -> Stage:
         if machine.threads is not None:
             torch.set_num_threads(machine.threads)
-        return make(_load(resolved), compute, inputs)
+        stage = make(_load(resolved), compute, inputs)
+        if machine.reduces:
+            stage.decoder = stage.decoder.reduced()
+        return stage
 
     # All that the rows depend on; speed (batch size, workers, device, engine) is not part of it.
     command = {
         "verb": verb, "model": resolved.label, "weights": resolved.identity, **reading.facts(), "amp": machine.amp,
-        **settings,
+        **settings, **({"fast_decode": True} if machine.reduces else {}),
     }  # fmt: skip
     engine = _engine(options, compute, report)
     job = Job(inputs, make_stage, command, report, engine, writing.resume, writing.overwrite)

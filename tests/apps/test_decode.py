@@ -199,3 +199,28 @@ def test_framing_says_what_the_network_sees(mode, size, crop_pct):
     else:
         assert rows[0] == pytest.approx(top / height * 250, abs=2)
         assert rows[-1] == pytest.approx(bottom / height * 250, abs=2)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_reduced_jpeg_gives_nearly_the_same_pixels_and_its_own_size(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    large = Image.open(SAMPLES / "coffee.jpg").resize((2400, 1600), Image.Resampling.LANCZOS)
+    large.save(tmp_path / "large.jpg", quality=90, exif=exif)
+    source, decoder = Source(str(tmp_path / "large.jpg")), timm_decoder()
+    whole, reduced = decoder(source), decoder.reduced()(source)
+    assert (reduced.width, reduced.height) == (whole.width, whole.height)
+    assert (whole.width < whole.height) is (orientation == 6)
+    assert 0 < np.abs(reduced.pixels.astype(int) - whole.pixels).mean() < 1
+    with open(source.path, "rb") as file:
+        assert min(read_image(file, decoder.reduced().enough).size) == 800  # half is more than 512, a quarter is less
+
+
+def test_small_and_broken_files_are_the_same_reduced_or_not(tmp_path):
+    reduced = timm_decoder().reduced()
+    for name in ("cat.jpg", "rocket.jpg"):
+        whole = timm_decoder()(Source(str(SAMPLES / name)))
+        np.testing.assert_array_equal(reduced(Source(str(SAMPLES / name))).pixels, whole.pixels)
+    data = (SAMPLES / "cat.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    assert "truncated" in reduced(Source(str(tmp_path / "cut.jpg"))).error

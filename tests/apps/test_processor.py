@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from support import ROOT, SAMPLES
 from torch import nn
 
@@ -82,3 +84,26 @@ def test_half_precision_without_instructions_for_it_goes_on_with_a_note(monkeypa
     summary = run_module.run("classify", options, lambda network, compute, _: Classify(network, compute), {})
     assert (summary.rows, summary.failed) == (1, 0)
     assert ("no instructions for bfloat16" in capsys.readouterr().err) is not able
+
+
+def test_fast_decode_moves_probabilities_a_little_and_is_part_of_the_command(run, tmp_path):
+    (tmp_path / "large").mkdir()
+    for path in sorted(SAMPLES.glob("*.jpg")):
+        photo = Image.open(path).convert("RGB")
+        photo.resize((4 * photo.width, 4 * photo.height), Image.Resampling.LANCZOS).save(tmp_path / "large" / path.name)
+    command = ("classify", "large", "--model", "tf_efficientnet_lite0", "--workers", 0)
+    for name, options in (("whole", ()), ("fast", ("--fast-decode",))):
+        assert run(*command, "-o", f"{name}.jsonl", *options).code == 0
+    whole, fast = (
+        [json.loads(line) for line in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in ("whole", "fast")
+    )
+    assert [(r["width"], r["height"]) for r in fast] == [(r["width"], r["height"]) for r in whole]
+    moved = []
+    for before, after in zip(whole, fast, strict=True):
+        probabilities = {after[f"label_{rank}"]: after[f"prob_{rank}"] for rank in range(1, 6)}
+        moved.append(abs(before["prob_1"] - probabilities[before["label_1"]]))
+        if before["prob_1"] - before["prob_2"] > 0.03:  # what is nearer may change places
+            assert after["label_1"] == before["label_1"]
+    assert 0 < max(moved) < 0.03
+    refused = run(*command, "-o", "fast.jsonl")
+    assert refused.code == 2 and "fast_decode" in refused.err
