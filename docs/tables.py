@@ -337,22 +337,41 @@ def _scanpaths(report: dict[str, Any]) -> str:
 
 
 def _batch(report: dict[str, Any]) -> str:
-    speed = report["throughput"]
-    setting = f"{speed['images']} photographs, batch {speed['batch_size']}, {speed['threads']} threads"
-    throughput = [
-        speed["model"],
-        setting,
-        f"{speed['classify_images_per_second']:.2f}",
-        f"{speed['bare_images_per_second']:.2f}",
-        f"{speed['ratio']:.3f}",
+    on, first = report["machine"], report["throughput"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+    numbers = ("left_alone", "bare", "decode_ms", "possible", "run", "of_bare", "of_possible")
+    rows = [
+        [row["verb"], f"`{row['model']}`", row["photographs"], *(str(row[name]) for name in numbers)]
+        for row in report["throughput"]
     ]
-    peaks = [[f"{row['inputs']:,}", f"{row['peak_mb']:.0f}"] for row in report["memory"]]
-    return (
-        "## `attnsuite classify` against the bare network\n\n`python benchmarks/batch.py`\n\n"
-        + table(["model", "setting", "classify, images/s", "bare network, images/s", "ratio"], [throughput])
-        + "\nPeak resident memory of the command's largest process:\n\n"
-        + table(["inputs", "peak MB"], peaks)
+    header = [
+        "verb",
+        "model",
+        "photographs",
+        "network left alone",
+        "bare network",
+        "decode, ms",
+        "possible",
+        "whole run",
+    ]
+    text = (
+        "## Whole runs against the bare network\n\n`python benchmarks/batch.py`: "
+        f"{on['cpu']}, {on['date']}, {versions}, batch {first['batch_size']}, {first['threads']} threads, "
+        f"{first['workers']} decode process, random weights; images/s, medians of runs and bare network in turns. "
+        "Photographs are 500 × 375 (web) or 12 megapixels (camera). *Left alone*: memory given back after every layer, "
+        "channels first, as PyTorch has it. *Bare*: on tensors in memory, as the command runs it. *Possible*: "
+        "min(workers / decode, 1 / (1 / bare + decode / cores)), since decoding takes the same cores.\n\n"
+        + table([*header, "of bare", "of possible"], rows)
     )
+    if "published" in report:
+        rows = [
+            [f"`{row['model']}`", str(row["images"]), *(str(row[n]) for n in ("seconds", "published_seconds", "ratio"))]
+            for row in report["published"]
+        ]
+        text += "\nWhole commands, from start to end, against timm's `inference.py` (same files, weights, batch):\n\n"
+        text += table(["model", "photographs", "`attnsuite classify`, s", "`inference.py`, s", "ratio"], rows)
+    peaks = [[f"{row['inputs']:,}", f"{row['peak_mb']:.0f}"] for row in report["memory"]]
+    return text + "\nPeak resident memory of the command's largest process:\n\n" + table(["inputs", "peak MB"], peaks)
 
 
 def _demo(report: dict[str, Any]) -> str:
