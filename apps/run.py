@@ -143,7 +143,10 @@ def _engine(options: RunOptions, compute: Compute, report: RunReport) -> Engine:
     if distributed.engine == "local":
         workers = default_workers(compute.device.type) if machine.workers is None else machine.workers
         return partial(run_local, workers=workers, **common)
-    from .batch.cluster import Cluster, run_ray
+    from .batch.cluster import Cluster, check_address, run_ray
+
+    if distributed.ray_address is not None:
+        check_address(distributed.ray_address)
 
     cluster = Cluster(
         distributed.ray_address,

@@ -14,12 +14,14 @@ import math
 import os
 import pickle
 import queue
+import re
+import socket
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +30,11 @@ from .engines import Emit, Rest, Stop
 from .ray_tasks import Failed, Place, Tries, Worker, decoded, listing
 from .stage import Stage
 
-__all__ = ["Cluster", "Share", "run_ray", "share_out"]
+__all__ = ["Cluster", "Share", "check_address", "run_ray", "share_out"]
 
 _GIB = 1 << 30
 _QUIET = 30.0  # seconds without a row until the user is told what Ray says of itself
+_LEAVE = 30.0  # seconds that a run which ends early waits for the batch at hand
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,29 @@ class Share:
     cpus: int
     gpus: float
     memory: float | None
+
+
+def check_address(address: str) -> None:
+    """Finds out before any work whether somebody answers there; Ray itself would try for minutes.
+
+    Args:
+        address: `HOST:PORT`, `ray://HOST:PORT`, or `auto`.
+
+    Raises:
+        UsageError: Nobody does, or this is no address.
+    """
+    if address == "auto":
+        return
+    found = re.fullmatch(r"(?:ray://)?\[?([^\s/]+?)\]?:(\d{1,5})", address)
+    if found is None or int(found[2]) > 65535:
+        raise UsageError(f"--ray-address {address}: expected HOST:PORT, ray://HOST:PORT or auto")
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    except OSError as error:
+        raise UsageError(
+            f"--ray-address {address}: nobody answers there ({error.strerror or error}); `ray status` on the head "
+            "shows whether the cluster is up"
+        ) from error
 
 
 def share_out(cluster: Cluster, nodes: Sequence[dict[str, float]]) -> Share:
@@ -161,7 +187,8 @@ def _connected(address: str | None) -> Iterator[Any]:
     """Ray, of this process already or for this run; quiet, since what matters is told by us."""
     # Ray reads these when it is imported or started. Workers are niced by 15 unless told not to.
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    quiet |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TQDM": "0"}
+    # Without the last one, what is left of a stopped run would start a Ray of its own.
+    quiet |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     import ray
@@ -201,7 +228,7 @@ def _hushed() -> Iterator[None]:
 
 def _results(
     stage: Stage, rest: Rest, share: Share, device: str, batch_size: int, read_timeout: float | None
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """What each batch came to, in order; work begins with the first that is asked for."""
     import ray
     import ray.data
@@ -230,7 +257,7 @@ def _results(
             yield pickle.loads(row["content"])
 
 
-def _watched(results: Iterator[Any], stop: Stop, on_quiet: Callable[[], None]) -> Iterator[Any]:
+def _watched(results: Generator[Any, None, None], stop: Stop, on_quiet: Callable[[], None]) -> Iterator[Any]:
     """The same, with an eye on the clock and on signals while Ray is waited for.
 
     Raises:
@@ -238,16 +265,34 @@ def _watched(results: Iterator[Any], stop: Stop, on_quiet: Callable[[], None]) -
         Stopped: Ray gave up.
     """
     ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+    over = threading.Event()
+
+    def hand(result: Any) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(result, timeout=0.2)
 
     def fetch() -> None:
         try:
-            for result in results:
-                ready.put(result)
-            ready.put(None)
+            with contextlib.closing(results):
+                for result in results:
+                    hand(result)
+                    if over.is_set():
+                        return
+            hand(None)
         except Exception as error:
-            ready.put(Failed(_given_up(error), traceback.format_exc()))
+            hand(Failed(_given_up(error), traceback.format_exc()))
 
-    threading.Thread(target=fetch, daemon=True).start()
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    try:
+        yield from _taken(ready, stop, on_quiet)
+    finally:
+        over.set()
+        thread.join(timeout=_LEAVE)
+
+
+def _taken(ready: queue.Queue[Any], stop: Stop, on_quiet: Callable[[], None]) -> Iterator[Any]:
     last = time.monotonic()
     while stop.signum is None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -205,7 +206,8 @@ class Job:
         return kept, iter(())
 
     def _rest(self, sources: Iterator[Source], done: int) -> Rest:
-        return Rest(sources, replace(self.inputs, note=_say_nothing), done)
+        # Another process that lists them has no terminal; what is to be said of them is said here.
+        return Rest(sources, replace(self.inputs, note=logging.getLogger(__name__).debug), done)
 
     def _work(self, stage: Stage, rest: Rest, emit: Emit, stop: Stop, tally: _Tally) -> None:
         self.report.start(self.inputs, rest.done)
@@ -254,10 +256,6 @@ def _recorder(sink: FileSink, ledger: Ledger, tally: _Tally, end: int) -> Emit:
         tally.add(rows)
 
     return emit
-
-
-def _say_nothing(message: str) -> None:
-    """What is to be said of inputs is said when they are listed here; another process lists them without a word."""
 
 
 def _failed(rows: list[Row]) -> int:

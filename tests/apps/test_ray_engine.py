@@ -9,6 +9,7 @@ import os
 import pickle
 import resource
 import signal
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -37,7 +38,11 @@ from apps.errors import Stopped, UsageError
 from apps.explain import Explain
 from apps.models import ModelChoice, Network, load, resolve
 
+# Ray reads these when it is imported: quiet, no report to its makers, and no second Ray by itself.
+os.environ |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
 ray = pytest.importorskip("ray")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 NODE = {"CPU": 8.0, "memory": float(32 << 30)}
 GPU_NODE = {**NODE, "GPU": 2.0}
 
@@ -95,7 +100,11 @@ def test_without_ray_a_line_says_how_to_get_it(monkeypatch, capsys):
         (["--num-workers", "2"], "--num-workers: this is about --engine ray"),
         (["--ray-address", "auto"], "--ray-address: this is about --engine ray"),
         (["--engine", "ray", "--workers", "2"], "--workers: with --engine ray it is --num-workers"),
-        (["--engine", "ray", "--ray-address", "127.0.0.1:1"], "the cluster at 127.0.0.1:1 cannot be reached"),
+        (
+            ["--engine", "ray", "--ray-address", "127.0.0.1:1"],
+            "--ray-address 127.0.0.1:1: nobody answers",
+        ),
+        (["--engine", "ray", "--ray-address", "head"], "--ray-address head: expected HOST:PORT"),
     ],
 )
 def test_options_that_cannot_be(run, photos, options, says):
@@ -119,8 +128,6 @@ def fill_memory() -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A cluster on this machine; Ray takes its word for the GPU."""
-    quiet = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    os.environ.update(quiet | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
     ray.init(
         num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=256 << 20,
         logging_level="ERROR", runtime_env={"worker_process_setup_hook": fill_memory},
@@ -180,26 +187,19 @@ def test_two_thousand_files_give_the_rows_of_the_local_engine(cluster, stage, ma
 
 
 def test_every_kind_of_input_and_a_limit(cluster, stage, photos, tmp_path):
+    """The worker is told that it has a GPU, so that other tasks decode for it."""
     pictures = sorted(photos.rglob("*.jpg"))[:6]
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
         for picture in pictures[:3]:
             archive.add(picture, picture.name)
     pq.write_table(pa.table({"image": [picture.read_bytes() for picture in pictures[3:]]}), tmp_path / "p.parquet")
     fill_memory()
+    with_gpu = Cluster(gpus=1, device="cpu")
     arguments = [str(tmp_path / "s.tar"), str(tmp_path / "p.parquet"), f"file://{pictures[0]}", "memory://ray-bucket"]
-    for name, engine in (("a", partial(run_local, batch_size=4, workers=0)), ("b", on_ray(cluster, 4))):
+    for name, engine in (("a", partial(run_local, batch_size=4, workers=0)), ("b", on_ray(with_gpu, 4))):
         job(stage, Inputs(arguments, limit=11), engine).to_file(str(tmp_path / f"{name}.csv"))
     assert [row["status"] for row in rows(tmp_path / "a.csv")] == ["ok"] * 11
     assert [row["path"] for row in rows(tmp_path / "a.csv")][-1] == "memory:///ray-bucket/3.png"
-    assert rows(tmp_path / "a.csv") == rows(tmp_path / "b.csv")
-
-
-def test_where_workers_have_gpus_others_decode_for_them(stage, photos, tmp_path, cluster):
-    decoding = on_ray(Cluster(gpus=1, device="cpu"))
-    job(stage, Inputs([str(photos)], limit=40), decoding).to_file(str(tmp_path / "a.csv"))
-    job(stage, Inputs([str(photos)], limit=40), partial(run_local, batch_size=8, workers=0)).to_file(
-        str(tmp_path / "b.csv")
-    )
     assert rows(tmp_path / "a.csv") == rows(tmp_path / "b.csv")
 
 
@@ -267,7 +267,10 @@ class Greedy(Classify):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [(Deadly, "has ended its worker 3 times; too little memory"), (Greedy, "try a smaller --batch-size")],
+    [
+        (Deadly, "has ended its worker 3 times; too little memory"),
+        pytest.param(Greedy, "try a smaller --batch-size", marks=pytest.mark.slow),
+    ],
 )
 def test_a_batch_that_workers_do_not_survive_ends_the_run_and_nothing_is_lost(
     cluster, network, stage, photos, tmp_path, kind, says
@@ -287,11 +290,11 @@ def test_one_engine_goes_on_where_the_other_was_killed(start, run, photos, tmp_p
     running = start(*command, "--engine", "ray", "--num-workers", 1, "--batch-size", 4)
     ledger = tmp_path / "rows.csv.ledger"
     wait_for(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") >= 4, seconds=120)
-    family = psutil.Process(running.pid).children(recursive=True)
+    # Ray's agents, which hold nothing, take a while to notice.
+    family = [p for p in psutil.Process(running.pid).children(recursive=True) if "Agent" not in p.name()]
     running.kill()
     running.wait()
-    psutil.wait_procs(family, timeout=60)
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert len(family) >= 3 and not psutil.wait_procs(family, timeout=60)[1]
     done = run(*command)
     assert done.code == 0, done.err
     paths = [row["path"] for row in rows(tmp_path / "rows.csv")]
