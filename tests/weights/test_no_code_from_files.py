@@ -15,7 +15,9 @@ FOLDERS = ("weights", "vision", "diffusion", "multimodal", "apps", "benchmarks",
 RUNNING = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 REASONS = {
     ("weights/checkpoint.py", "pickle"): {"UnpicklingError"},  # what torch raises where it refuses
-    ("apps/batch/cluster.py", "pickle"): {"dumps", "loads"},  # between the processes of one run, which trust each other
+    # Between the processes of one run, which trust each other.
+    ("apps/batch/cluster.py", "pickle"): {"loads"},
+    ("apps/batch/ray_tasks.py", "pickle"): {"dumps", "loads"},
 }
 
 CALLS = {"eval", "exec", "execfile", "os.system", "os.popen", "torch.hub.load", "torch.jit.load", "yaml.load"}
