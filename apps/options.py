@@ -37,6 +37,7 @@ __all__ = [
     "ReadTimeout",
     "Reading",
     "Resume",
+    "RowsPerPart",
     "Searching",
     "Shard",
     "Threads",
@@ -125,7 +126,8 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="OUT",
-        help="OUT.csv, OUT.jsonl or OUT.parquet; else a table on a terminal, CSV in a pipe.",
+        help="OUT.csv, OUT.jsonl, OUT.parquet, or DIR/ for a folder of Parquet files; else a table on a terminal, CSV "
+        "in a pipe.",
         rich_help_panel=_OUTPUT,
         show_default=False,
     ),
@@ -144,6 +146,15 @@ Folder = Annotated[
 Json = Annotated[
     bool,
     typer.Option("--json", help="Rows as JSON lines on stdout; with -o, the summary as JSON.", rich_help_panel=_OUTPUT),
+]
+RowsPerPart = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With -o DIR/: rows of each Parquet file in it; 100,000.",
+        rich_help_panel=_OUTPUT,
+        show_default=False,
+    ),
 ]
 Resume = Annotated[
     bool,
@@ -299,12 +310,14 @@ class Writing:
         as_json: JSON lines on stdout, or a JSON summary beside an output file.
         resume: Go on where the same command ended.
         overwrite: Replace what is there.
+        rows_per_part: Rows of each file, if `output` is a folder of Parquet files; None for 100,000.
     """
 
     output: Output = None
     as_json: Json = False
     resume: Resume = True
     overwrite: Overwrite = False
+    rows_per_part: RowsPerPart = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .batch.job import Job, Screen, Summary, check_output
 from .batch.processor import has_bfloat16
 from .batch.stage import Compute, Stage, pick_device
 from .console import FetchBar, RowTable, RowText, RunReport, print_summary
+from .errors import UsageError
 from .options import Distributed, Machine, Reading, Writing
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def run(
     options.distributed.check(options.machine)
     reading, writing, machine = options.reading, options.writing, options.machine
     if writing.output is not None:
-        check_output(writing.output)
+        check_output(writing.output, parts=True)
+    if writing.rows_per_part is not None and not (writing.output or "").endswith("/"):
+        raise UsageError("--rows-per-part is about a folder of Parquet files: give one, -o DIR/")
     inputs = reading.find(report.note)
     output = writing.output if inputs.shard is None or writing.output is None else inputs.shard.part(writing.output)
     resolved = options.model.resolve()
@@ -125,7 +128,7 @@ def run(
         **settings, **({"fast_decode": True} if machine.reduces else {}),
     }  # fmt: skip
     engine = _engine(options, compute, report)
-    job = Job(inputs, make_stage, command, report, engine, writing.resume, writing.overwrite)
+    job = Job(inputs, make_stage, command, report, engine, writing.resume, writing.overwrite, writing.rows_per_part)
     if output is not None:
         return job.to_file(output)
     return job.to_screen(screen or _screen(writing.as_json))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ..errors import Interrupted, Stopped, UsageError
 from .engines import Emit, Engine, Rest, Stop
 from .ledger import Commit, Kept, Ledger, digest, digest_inputs
-from .sinks import SUFFIXES, FileSink, Lost, file_sink
+from .sinks import SUFFIXES, FileSink, Lost, PartsSink, file_sink
 from .sources import Inputs, Source
 from .stage import COMMON_COLUMNS, Column, Row, Stage
 
@@ -70,14 +70,29 @@ class Summary:
         return self.computed / self.seconds if self.seconds else 0.0
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, parts: bool = False) -> None:
     """Finds out before any long work whether an output file can be written.
+
+    Args:
+        path: Of the output.
+        parts: Whether it may be a folder of parts, which is made if it is not there.
 
     Raises:
         UsageError: Wrong suffix, no such folder, or no permission.
     """
+    if parts and path.endswith("/"):
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the output folder {path}: {error.strerror}") from error
+        if not os.access(path, os.W_OK):
+            raise UsageError(f"no permission to write to {path}")
+        return
     if os.path.splitext(path)[1].lower() not in SUFFIXES:
-        raise UsageError(f"output {path!r} must end in {', '.join(SUFFIXES)}: the suffix chooses the format")
+        raise UsageError(
+            f"output {path!r} must end in {', '.join(SUFFIXES)}: the suffix chooses the format"
+            + (", or in / for a folder of Parquet files" if parts else "")
+        )
     folder = os.path.dirname(path) or os.curdir
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} of the output does not exist; create it first")
@@ -99,6 +114,7 @@ class Job:
         engine: Moves the inputs through the stage.
         resume: Go on where an earlier run of the same command ended.
         overwrite: Replace what an earlier run wrote.
+        rows_per_part: Rows of each file, if the output is a folder; None for the sink's own number.
     """
 
     inputs: Inputs
@@ -108,6 +124,7 @@ class Job:
     engine: Engine
     resume: bool = True
     overwrite: bool = False
+    rows_per_part: int | None = None
 
     def to_screen(self, screen: Screen) -> Summary:
         """Runs over all inputs and shows the rows; nothing is kept."""
@@ -151,11 +168,17 @@ class Job:
         tally = _Tally(self.report)
         try:
             ledger.begin(kept)
-            sink.begin(kept.end)
+            if isinstance(sink, PartsSink):
+                sink.rows_per_part = self.rows_per_part or sink.rows_per_part
+                sink.begin(kept.end, kept.parts, kept.loose)
+            else:
+                sink.begin(kept.end)
             with Stop() as stop:
                 rest = self._rest(sources if first is None else chain([first], sources), kept.rows)
                 self._work(stage, rest, _recorder(sink, ledger, tally, kept.end), stop, tally)
                 if stop.signum is None:
+                    if isinstance(sink, PartsSink):
+                        _close_part(sink, ledger)
                     sink.finish()
                     ledger.finish()
         except UsageError:
@@ -178,8 +201,9 @@ class Job:
 
     def _earlier(self, output: str, ledger: Ledger) -> tuple[Kept, Iterator[Source]]:
         """What an earlier run left that can be built on, and the inputs that are still to do."""
-        journal = _journal_beside(output)
-        if self.overwrite or not (os.path.exists(output) or os.path.exists(journal)):
+        sink = file_sink(output, ())
+        journal = sink.journal
+        if not sink.exists() or self.overwrite:
             return Kept(), iter(self.inputs)
         if not self.resume:
             raise UsageError(f"{output} exists; --overwrite replaces it, --resume goes on with it")
@@ -190,9 +214,11 @@ class Job:
             raise UsageError(
                 f"{output} was made by another command ({'; '.join(differences)}); choose another -o, or --overwrite it"
             )
+        if isinstance(sink, PartsSink):
+            return ledger.resume(self.inputs, journal, sink.check)
         if journal == output or not _is_finished(output):
-            return ledger.resume(iter(self.inputs), journal)
-        return self._finished(output, *ledger.resume(iter(self.inputs), None))
+            return ledger.resume(self.inputs, journal)
+        return self._finished(output, *ledger.resume(self.inputs, None))
 
     def _finished(self, output: str, kept: Kept, sources: Iterator[Source]) -> tuple[Kept, Iterator[Source]]:
         """A finished Parquet file stands if nothing changed; it cannot be added to, so else it is made anew."""
@@ -254,8 +280,19 @@ def _recorder(sink: FileSink, ledger: Ledger, tally: _Tally, end: int) -> Emit:
         end += len(content)
         ledger.record(Commit(len(rows), _failed(rows), digest_inputs(sources), digest(content), end))
         tally.add(rows)
+        if isinstance(sink, PartsSink) and sink.is_full:
+            _close_part(sink, ledger)
+            end = 0
 
     return emit
+
+
+def _close_part(sink: PartsSink, ledger: Ledger) -> None:
+    """In this order, so that at any moment each row is in the journal or in a part that the ledger knows."""
+    part = sink.close_part()
+    if part is not None:
+        ledger.record(part)
+        sink.reopen()
 
 
 def _failed(rows: list[Row]) -> int:

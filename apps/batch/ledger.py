@@ -4,6 +4,7 @@ The ledger of `labels.csv` is `labels.csv.ledger`: first the command, then a lin
 names and stamps, and where its rows end in the journal. A batch counts as done once its line is complete, which is
 written after its rows. A last line says that there was no more to do. To go on, the inputs are listed anew and compared
 batch by batch; the first that differs is where work begins again. Memory stays the same whatever the number of inputs.
+Where the output is a folder of parts, a line says of each that it is whole; what the journal held is then in it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import UsageError
 from .sources import Source
 
-__all__ = ["Commit", "Kept", "Ledger", "Recorded", "digest", "digest_inputs"]
+__all__ = ["Commit", "Kept", "Ledger", "Part", "Recorded", "beside", "digest", "digest_inputs"]
 
 _FORMAT = 1
 _FINISHED = b'{"finished": true}'
@@ -31,6 +33,12 @@ _PIECE = 1 << 20
 def digest(content: bytes) -> str:
     """A short digest of bytes."""
     return hashlib.blake2b(content, digest_size=12).hexdigest()
+
+
+def beside(output: str, what: str) -> str:
+    """The file that belongs to an output: `labels.csv.ledger`; for a folder `labels/` a name that readers pass over."""
+    folder, name = os.path.split(output)
+    return f"{output}.{what}" if os.path.splitext(name)[1] else os.path.join(folder, f"_{name}{what}")
 
 
 def digest_inputs(sources: Iterable[Source]) -> str:
@@ -51,6 +59,14 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of an output that is a folder: its file, and how many rows are in it."""
+
+    part: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class Kept:
     """What of an earlier run still holds.
 
@@ -60,6 +76,8 @@ class Kept:
         end: Length of the journal up to there.
         dropped: How many more rows it had that do not hold any more, since the inputs changed.
         place: Length of the ledger up to there.
+        parts: Whole parts, if the output is a folder.
+        loose: Rows after the last of them, in the journal.
     """
 
     rows: int = 0
@@ -67,6 +85,8 @@ class Kept:
     end: int = 0
     dropped: int = 0
     place: int = 0
+    parts: int = 0
+    loose: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,13 @@ class Recorded:
     finished: bool
 
 
+def _opened(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        return io.BytesIO()
+
+
 class Ledger:
     """The ledger of one output; while it is open, no other process can open it.
 
@@ -98,7 +125,7 @@ class Ledger:
     """
 
     def __init__(self, output: str, command: dict[str, Any]) -> None:
-        self.path = f"{output}.ledger"
+        self.path = beside(output, "ledger")
         self._output = output
         self._command = command
         try:
@@ -121,8 +148,9 @@ class Ledger:
         Raises:
             UsageError: There is none, or another run is writing this output.
         """
-        if not os.path.isfile(f"{output}.ledger"):
-            raise UsageError(f"{output} has no ledger beside it ({output}.ledger), so it is not known what it holds")
+        path = beside(output, "ledger")
+        if not os.path.isfile(path):
+            raise UsageError(f"{output} has no ledger beside it ({path}), so it is not known what it holds")
         ledger = cls(output, {})
         try:
             yield ledger
@@ -136,8 +164,9 @@ class Ledger:
         except (ValueError, KeyError, TypeError):
             return Recorded(None, 0, 0, False)
         rows, failed = 0, 0
-        for _, commit in self._commits():
-            rows, failed = rows + commit.rows, failed + commit.failed
+        for _, entry in self._entries():
+            if isinstance(entry, Commit):
+                rows, failed = rows + entry.rows, failed + entry.failed
         last = b""
         for line in self._lines():
             last = line
@@ -157,39 +186,60 @@ class Ledger:
             if recorded.get(name) != self._command.get(name)
         ]
 
-    def resume(self, sources: Iterator[Source], journal: str | None) -> tuple[Kept, Iterator[Source]]:
+    def resume(
+        self, inputs: Iterable[Source], journal: str | None, check: Callable[[Part], None] | None = None
+    ) -> tuple[Kept, Iterator[Source]]:
         """Finds out what of the recorded batches still holds.
 
         Args:
-            sources: All inputs of the run.
-            journal: The journal to compare with; None if the output is finished and no journal is left.
+            inputs: All inputs of the run.
+            journal: The journal to compare with, empty if it is not there; None if the output is finished without one.
+            check: Raises if a part is not what was written.
 
         Returns:
             What is kept, and the inputs that come after it.
 
         Raises:
-            UsageError: The journal is not what was written; somebody has edited it.
+            UsageError: The journal or a part is not what was written; somebody has edited it.
         """
-        kept = Kept()
-        recorded = self._commits()
+        closed = max((place for place, entry in self._entries() if isinstance(entry, Part)), default=0)
+        kept = whole = Kept()  # up to here, and up to the end of the last whole part
+        sources, entries = iter(inputs), self._entries()
         with contextlib.ExitStack() as stack:
-            written = stack.enter_context(open(journal, "rb")) if journal else None
-            for place, commit in recorded:
-                batch = list(islice(sources, commit.rows))
-                if len(batch) < commit.rows or digest_inputs(batch) != commit.inputs:
-                    dropped = commit.rows + sum(later.rows for _, later in recorded)
-                    return replace(kept, dropped=dropped), chain(batch, sources)
-                if written is not None:
-                    content = written.read(commit.end - kept.end)
-                    if len(content) < commit.end - kept.end:
-                        return kept, chain(batch, sources)
-                    if digest(content) != commit.content:
-                        raise UsageError(
-                            f"{self._output} was changed after row {kept.rows:,} by something else, so it cannot be "
-                            "added to; choose another -o, or --overwrite it"
-                        )
-                kept = Kept(kept.rows + commit.rows, kept.failed + commit.failed, commit.end, 0, place)
+            written = None if journal is None else stack.enter_context(_opened(journal))
+            for place, entry in entries:
+                if isinstance(entry, Part):
+                    if check is not None:
+                        check(entry)
+                    kept = whole = replace(kept, end=0, place=place, parts=kept.parts + 1, loose=0)
+                    continue
+                batch = list(islice(sources, entry.rows))
+                if len(batch) < entry.rows or digest_inputs(batch) != entry.inputs:
+                    later = entry.rows + sum(one.rows for _, one in entries if isinstance(one, Commit))
+                    if place > closed:
+                        return replace(kept, dropped=later), chain(batch, sources)
+                    # A part is whole or made anew: back to where it begins.
+                    dropped = later + kept.rows - whole.rows
+                    return replace(whole, dropped=dropped), islice(iter(inputs), whole.rows, None)
+                if written is not None and place > closed and not self._holds(written, kept, entry):
+                    return kept, chain(batch, sources)
+                kept = replace(
+                    kept, rows=kept.rows + entry.rows, failed=kept.failed + entry.failed, end=entry.end, place=place,
+                    loose=kept.loose + entry.rows,
+                )  # fmt: skip
         return kept, sources
+
+    def _holds(self, written: BinaryIO, kept: Kept, commit: Commit) -> bool:
+        """Whether a batch's rows are in the journal; some may be missing at its end, but none may differ."""
+        content = written.read(commit.end - kept.end)
+        if len(content) < commit.end - kept.end:
+            return False
+        if digest(content) != commit.content:
+            raise UsageError(
+                f"{self._output} was changed after row {kept.rows:,} by something else, so it cannot be "
+                "added to; choose another -o, or --overwrite it"
+            )
+        return True
 
     def begin(self, kept: Kept) -> None:
         """Starts to record, after the batches that are kept."""
@@ -197,9 +247,9 @@ class Ledger:
         if not kept.place:
             self._append(json.dumps({"attnsuite ledger": _FORMAT, "command": self._command}) + "\n")
 
-    def record(self, commit: Commit) -> None:
-        """Records a finished batch; its rows must have been written."""
-        self._append(json.dumps(asdict(commit)) + "\n")
+    def record(self, entry: Commit | Part) -> None:
+        """Records a finished batch, whose rows must have been written, or a part that holds all before it."""
+        self._append(json.dumps(asdict(entry)) + "\n")
 
     def finish(self) -> None:
         """Records that there is no more to do; a run that finds more takes this back."""
@@ -220,17 +270,18 @@ class Ledger:
         while left:
             left = left[os.write(self._fd, left) :]
 
-    def _commits(self) -> Iterator[tuple[int, Commit]]:
-        """The batches with the length of the ledger after each."""
+    def _entries(self) -> Iterator[tuple[int, Commit | Part]]:
+        """Batches and parts, with the length of the ledger after each."""
         lines = self._lines()
         place = len(next(lines, b"")) + 1
         for line in lines:
             try:
-                commit = Commit(**json.loads(line))
+                fields = json.loads(line)
+                entry = Part(**fields) if "part" in fields else Commit(**fields)
             except (ValueError, TypeError):
                 return  # damaged: nothing after it counts
             place += len(line) + 1
-            yield place, commit
+            yield place, entry
 
     def _lines(self) -> Iterator[bytes]:
         """Complete lines. Read through the one handle there is: closing a second one would drop the lock."""

@@ -20,6 +20,7 @@ import torch
 from ..errors import Stopped, UsageError
 from .decode import Decoder
 from .engines import Rest, stage_rows
+from .processor import keep_freed_memory
 from .sources import Source, encode_path
 from .stage import Batch, Row, Stage, decode, pick_device
 
@@ -87,6 +88,8 @@ class Worker:
         if not self._is_set_up:  # not in __init__: an error there would never reach the user
             self._place.enter()
             torch.set_num_threads(self._place.threads)
+            if self._place.device == "cpu":
+                keep_freed_memory()
             self._stage.move(pick_device(self._place.device))
             self._is_set_up = True
         sources = content.sources if isinstance(content, Batch) else content

@@ -37,9 +37,10 @@ class Shard:
         return place % self.count == self.index
 
     def part(self, output: str) -> str:
-        """The file that it writes: of `labels.csv` `labels-00003-of-00016.csv`."""
+        """What it writes: of `labels.csv` `labels-00003-of-00016.csv`; of `labels/` files called `00003-of-00016-…`."""
+        name = f"{self.index:05d}-of-{self.count:05d}"
         stem, suffix = os.path.splitext(output)
-        return f"{stem}-{self.index:05d}-of-{self.count:05d}{suffix}"
+        return f"{stem}-{name}{suffix}" if suffix else f"{output}{name}-"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def merge(output: str, overwrite: bool = False) -> Merged:
     Raises:
         UsageError: A part is missing, unfinished or of another command, or is being written right now.
     """
+    if output.endswith("/"):
+        raise UsageError(f"{output} is a folder of parts, which is read as it is; there is nothing to merge")
     if os.path.splitext(output)[1].lower() not in SUFFIXES:
         raise UsageError(f"{output!r} must end in {', '.join(SUFFIXES)}")
     if os.path.lexists(output) and not overwrite:

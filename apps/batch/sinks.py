@@ -2,7 +2,8 @@
 
 A file sink appends encoded rows to a journal and tells how long it is; the ledger keeps count, so that a run can be
 cut anywhere and go on. For `.csv` and `.jsonl` the journal is the output itself. Parquet cannot be appended to: its
-journal is an Arrow stream beside the output, turned into the output in one step at the end.
+journal is an Arrow stream beside the output, turned into the output in one step at the end; or, if the output is a
+folder, into one more part whenever there are rows enough.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import io
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
@@ -18,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import Stopped, UsageError
+from .ledger import Part, beside
 from .stage import Column, Row
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "JsonlSink",
     "Lost",
     "ParquetSink",
+    "PartsSink",
     "file_sink",
     "json_line",
     "stdout_writer",
@@ -58,6 +62,10 @@ class FileSink(ABC):
     def journal(self) -> str:
         """The file that rows are appended to."""
         return self.path
+
+    def exists(self) -> bool:
+        """Whether an earlier run has left something."""
+        return os.path.exists(self.path) or os.path.exists(self.journal)
 
     def begin(self, length: int) -> None:
         """Opens the journal and cuts it to the bytes that are known to be good."""
@@ -175,16 +183,107 @@ class ParquetSink(FileSink):
     def finish(self) -> None:
         super().finish()
         self.close()
-        write_parquet(self.journal, self.path)
+        write_parquet(self.journal, self.path, f"{self.path}.part")
         os.unlink(self.journal)
 
 
-def write_parquet(journal: str, path: str) -> None:
-    """Turns an Arrow stream into a Parquet file that appears in one step, in constant memory."""
+class PartsSink(ParquetSink):
+    """A folder of Parquet files, each of which appears whole and once; what is not in one yet is in the journal.
+
+    Args:
+        path: The folder with its slash, then what the names of this run's files begin with.
+        columns: All columns, in order.
+    """
+
+    rows_per_part = 100_000
+
+    def __init__(self, path: str, columns: Sequence[Column]) -> None:
+        super().__init__(path, columns)
+        self._parts = self._loose = 0
+
+    @property
+    def journal(self) -> str:
+        return beside(self.path, "journal")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are rows enough for a part."""
+        return self._loose >= self.rows_per_part
+
+    def exists(self) -> bool:
+        """Whether an earlier run has left something.
+
+        Raises:
+            UsageError: The folder holds what is no part of such a run; readers would take it for rows.
+        """
+        folder, prefix = os.path.split(self.path)
+        family = re.compile(re.sub(r"^\d{5}", r"\\d{5}", prefix) + r"part-\d{5}\.parquet")
+        names = [name for name in os.listdir(folder) if name[0] not in "._"]
+        if strange := next((name for name in names if not family.fullmatch(name)), None):
+            raise UsageError(f"{folder} holds {strange!r}, which is no part of this run; choose an empty folder for -o")
+        return os.path.exists(self.journal) or any(map(self._is_own, names))
+
+    def check(self, part: Part) -> None:
+        """Holds a part against what the ledger says of it.
+
+        Raises:
+            UsageError: It is gone or was changed.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = os.path.join(os.path.dirname(self.path), part.part)
+        try:
+            same = pq.read_metadata(path).num_rows == part.rows
+        except (OSError, pa.ArrowException):
+            same = False
+        if not same:
+            raise UsageError(f"{path} was removed or changed by something else; choose another -o, or --overwrite it")
+
+    def begin(self, length: int, parts: int = 0, loose: int = 0) -> None:
+        """The same as for any sink; parts beyond so many are removed, so many rows are in the journal."""
+        folder = os.path.dirname(self.path)
+        for name in filter(self._is_own, os.listdir(folder)):
+            if int(name[-13:-8]) >= parts:
+                os.unlink(os.path.join(folder, name))
+        super().begin(length)
+        self._parts, self._loose = parts, loose
+
+    def append(self, rows: Sequence[Row]) -> bytes:
+        content = super().append(rows)
+        self._loose += len(rows)
+        return content
+
+    def close_part(self) -> Part | None:
+        """Makes a part of the rows in the journal, which stay there until `reopen`; None if there are none."""
+        assert self._file is not None
+        if not self._loose:
+            return None
+        self._check_there()
+        os.fsync(self._file.fileno())
+        path = f"{self.path}part-{self._parts:05d}.parquet"
+        write_parquet(self.journal, path, beside(self.path, "part"))
+        return Part(os.path.basename(path), self._loose)
+
+    def reopen(self) -> None:
+        """Empties the journal: its rows are in a part, and the ledger says so."""
+        self.close()
+        super().begin(0)
+        self._parts, self._loose = self._parts + 1, 0
+
+    def finish(self) -> None:
+        self.close()
+        os.unlink(self.journal)
+
+    def _is_own(self, name: str) -> bool:
+        return re.fullmatch(re.escape(os.path.basename(self.path)) + r"part-\d{5}\.parquet", name) is not None
+
+
+def write_parquet(journal: str, path: str, part: str) -> None:
+    """Turns an Arrow stream into a Parquet file that appears in one step, in constant memory; before, it is `part`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    part = f"{path}.part"
     with pa.OSFile(journal) as stream, pa.ipc.open_stream(stream) as reader:
         try:
             with pq.ParquetWriter(part, reader.schema) as writer:
@@ -200,7 +299,7 @@ def write_parquet(journal: str, path: str) -> None:
 
 
 def file_sink(path: str, columns: Sequence[Column]) -> FileSink:
-    """The sink that fits the suffix of an output file.
+    """The sink that fits the suffix of an output file, or a folder if it has none.
 
     Raises:
         UsageError: The suffix is not one of `.csv`, `.jsonl`, `.parquet`.
@@ -209,6 +308,7 @@ def file_sink(path: str, columns: Sequence[Column]) -> FileSink:
         ".csv": CsvSink,
         ".jsonl": JsonlSink,
         ".parquet": ParquetSink,
+        "": PartsSink,
     }
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in sinks:

@@ -260,7 +260,8 @@ class Greedy(Classify):
 
     def run(self, images: torch.Tensor, batch: Batch, places: Any) -> list[Row]:
         if any("100.jpg" in source.path for source in batch.sources):
-            resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (64 << 20),) * 2)
+            enough = psutil.Process().memory_info().vms + (64 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (enough, enough))
             torch.ones(1 << 28)
         return super().run(images, batch, places)
 
