@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import in_one_line
+from .processor import give_back_freed_memory
 from .remote import open_file, read_range
 from .tables import picture_bytes
 
@@ -245,6 +246,8 @@ class Decoder:
             width, height = image.info["full_size"]
             return replace(self.prepare(image), width=width, height=height)
         except Exception as error:
+            if isinstance(error, MemoryError):
+                give_back_freed_memory()  # of the attempt, for what comes next
             return Decoded(error=_explain(error, source))
 
     def reduced(self) -> Decoder:

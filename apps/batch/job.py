@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
@@ -232,8 +233,9 @@ class Job:
         return kept, iter(())
 
     def _rest(self, sources: Iterator[Source], done: int) -> Rest:
-        # Another process that lists them has no terminal; what is to be said of them is said here.
-        return Rest(sources, replace(self.inputs, note=logging.getLogger(__name__).debug), done)
+        inputs = copy.copy(self.inputs)
+        inputs.note = logging.getLogger(__name__).debug  # another process that lists them has no terminal
+        return Rest(sources, inputs, done)
 
     def _work(self, stage: Stage, rest: Rest, emit: Emit, stop: Stop, tally: _Tally) -> None:
         self.report.start(self.inputs, rest.done)

@@ -6,9 +6,7 @@ import contextlib
 import ctypes
 import platform
 
-import torch
-
-__all__ = ["WORKERS_SPARE", "has_bfloat16", "keep_freed_memory"]
+__all__ = ["WORKERS_SPARE", "give_back_freed_memory", "has_bfloat16", "keep_freed_memory"]
 
 # Of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -36,8 +34,16 @@ def keep_freed_memory(spare: int | None = None) -> None:
         libc.mallopt(_MMAP_MAX, 0 if spare is None else _USUAL_MAPS)
 
 
+def give_back_freed_memory() -> None:
+    """Has glibc give back what it keeps: for when memory has run out."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def has_bfloat16() -> bool:
     """Whether this processor computes with bfloat16; one of x86 that does not converts every number there and back."""
+    import torch
+
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

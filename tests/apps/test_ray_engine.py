@@ -269,7 +269,7 @@ class Greedy(Classify):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        (Deadly, "has ended its worker 3 times; too little memory"),
+        pytest.param(Deadly, "has ended its worker 3 times; too little memory", marks=pytest.mark.slow),
         pytest.param(Greedy, "try a smaller --batch-size", marks=pytest.mark.slow),
     ],
 )
