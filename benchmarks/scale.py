@@ -4,8 +4,8 @@
     python benchmarks/scale.py --quick          # a smoke run; its figures mean little
 
 Workers: images a second of `classify` by processes of one thread each, one and two at once, as shards of the local
-engine (each decodes for itself) and as workers of Ray. Counted from the first rows to the last, so that start-up is
-left out, which for Ray stands beside it; JPEG photographs of 500 x 375 with grain.
+engine (each decodes for itself) and as workers of Ray. Counted after the first quarter, so that start-up is left out,
+which for Ray stands beside it; JPEG photographs of 500 x 375 with grain.
 
 Driver: CPU time that the process which lists, collects and writes spends on each batch, and its peak memory; with Ray,
 on a network of one small layer and pictures of 16 pixels, since the driver sees neither. Listing: names a second of one
@@ -52,8 +52,9 @@ class Clock:
 
     @property
     def span(self) -> tuple[float, float, int]:
-        """When the first and the last rows came, and how many after the first."""
-        return self.times[0], self.times[-1], sum(self.counts[1:])
+        """When a quarter and when all of the rows had come, and how many between: workers start one by one."""
+        settled = len(self.times) // 4
+        return self.times[settled], self.times[-1], sum(self.counts[settled + 1 :])
 
 
 def run(stage: Any, folder: str, engine: Callable[..., None], shard: tuple[int, int] | None = None) -> Clock:
@@ -203,8 +204,8 @@ def _measure(kind: str, *arguments: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--images", type=int, default=192)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--images", type=int, default=320)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="few images of one model")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)

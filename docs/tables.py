@@ -76,7 +76,7 @@ def results_page() -> str:
     if (RESULTS / "vlm.json").exists():
         parts += [_switches(_report("vlm"))]
     parts += [_scanpaths(_report("scanpaths"))]
-    parts += [_batch(_report("batch"))]
+    parts += [_batch(_report("batch")), _scale(_report("scale"))]
     if (RESULTS / "demo_load.json").exists():
         parts += [_demo(_report("demo_load"))]
     return "\n".join(part for part in parts if part)
@@ -372,6 +372,26 @@ def _batch(report: dict[str, Any]) -> str:
         text += table(["model", "photographs", "`attnsuite classify`, s", "`inference.py`, s", "ratio"], rows)
     peaks = [[f"{row['inputs']:,}", f"{row['peak_mb']:.0f}"] for row in report["memory"]]
     return text + "\nPeak resident memory of the command's largest process:\n\n" + table(["inputs", "peak MB"], peaks)
+
+
+def _scale(report: dict[str, Any]) -> str:
+    on, names = report["machine"], ("shards_1", "shards_2", "ray_1", "ray_2", "ray_start_s")
+    versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+    first = report["workers"][0]
+    rows = [[f"`{row['model']}`", *(str(row[name]) for name in names)] for row in report["workers"]]
+    drivers = [
+        [f"{row['inputs']:,}", str(row["batch_size"]), str(row["ms_per_batch"]), f"{row['peak_mb']:.0f}"]
+        for row in report["driver"]
+    ]
+    return (
+        "## Processes side by side\n\n`python benchmarks/scale.py`: "
+        f"{on['cpu']}, {on['date']}, {versions}; `classify`, images/s in all, {first['images']} photographs, "
+        f"batch {first['batch_size']}, one thread a process, start-up left out. [scale.md](scale.md) extrapolates from "
+        "these figures.\n\n"
+        + table(["model", "one shard", "two shards", "one Ray worker", "two Ray workers", "Ray's start, s"], rows)
+        + f"\nListing alone: {report['listing']['per_second']:,} names a second. The process that a Ray run is started "
+        "from, per batch and in all:\n\n" + table(["inputs", "batch", "CPU ms a batch", "peak MB"], drivers)
+    )
 
 
 def _demo(report: dict[str, Any]) -> str:
