@@ -35,7 +35,8 @@ def prompts(processor: LlavaProcessor, examples: Sequence[Example]) -> Any:
         for example in examples
     ]
     images = [Image.fromarray(example.picture) for example in examples]
-    return processor(text=texts, images=images, return_tensors="pt", padding=True)
+    process: Any = processor
+    return process(text=texts, images=images, return_tensors="pt", padding=True)
 
 
 @torch.inference_mode()

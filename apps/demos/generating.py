@@ -304,7 +304,7 @@ def maps_at(drawn: Sequence[Drawn], step: int) -> tuple[list[tuple[str, list[tup
         at = min(max(step, 1), len(maps)) - 1
         width, height = (round(side * _SHOWN_SIDE / max(one.image.size)) for side in one.image.size)
         small = one.image.convert("L").resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
-        shown = [np.float32(maps[at, :, :, number]) / (largest or 1) for number in range(len(one.subjects))]
+        shown = [np.asarray(maps[at, :, :, number], np.float32) / (largest or 1) for number in range(len(one.subjects))]
         over = [Image.fromarray(heat(np.asarray(small), field)) for field in shown]
         rows.append((one.method, list(zip(one.subjects, over, strict=True))))
     return rows, largest

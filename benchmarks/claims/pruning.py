@@ -62,7 +62,8 @@ def with_fewer(
         inputs: `input_ids`, `attention_mask` and `pixel_values`; one picture in each row.
         fewer: From `[B, N, C]` to `[B, n, C]`.
     """
-    encoded: Any = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    encode: Any = model.get_image_features
+    encoded = encode(inputs["pixel_values"], return_dict=True)
     features = fewer(torch.stack(list(encoded.pooler_output)))
     encoded.pooler_output = list(features)
     image = inputs["input_ids"] == model.config.image_token_id
