@@ -42,7 +42,7 @@ def main() -> None:
 @verb
 def classify(
     reading: opt.Reading,
-    writing: opt.Writing,
+    writing: opt.WritingRows,
     model: ModelChoice,
     clip: ClipChoice,
     machine: opt.Compiled,
@@ -91,7 +91,7 @@ def classify(
 @verb
 def embed(
     reading: opt.Reading,
-    writing: opt.Writing,
+    writing: opt.WritingRows,
     model: ModelChoice,
     clip: ClipChoice,
     machine: opt.Compiled,

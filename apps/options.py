@@ -43,6 +43,7 @@ __all__ = [
     "Threads",
     "Writing",
     "WritingPictures",
+    "WritingRows",
 ]
 
 _INPUT, _MODEL, _OUTPUT, _SPEED = "What to read", "Which model", "What to write", "How fast"
@@ -310,14 +311,29 @@ class Writing:
         as_json: JSON lines on stdout, or a JSON summary beside an output file.
         resume: Go on where the same command ended.
         overwrite: Replace what is there.
-        rows_per_part: Rows of each file, if `output` is a folder of Parquet files; None for 100,000.
     """
 
     output: Output = None
     as_json: Json = False
     resume: Resume = True
     overwrite: Overwrite = False
+
+    @property
+    def part_rows(self) -> int | None:
+        """Rows of each file, if `output` is a folder of Parquet files; None for 100,000."""
+        return None
+
+
+@dataclass(frozen=True)
+class WritingRows(Writing):
+    """The same for a verb whose rows may go to a folder of parts; `rows_per_part` is what the user says of them."""
+
     rows_per_part: RowsPerPart = None
+
+    @property
+    def part_rows(self) -> int | None:
+        """As the user says."""
+        return self.rows_per_part
 
 
 @dataclass(frozen=True)

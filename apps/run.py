@@ -104,7 +104,7 @@ def run(
     reading, writing, machine = options.reading, options.writing, options.machine
     if writing.output is not None:
         check_output(writing.output, parts=True)
-    if writing.rows_per_part is not None and not (writing.output or "").endswith("/"):
+    if writing.part_rows is not None and not (writing.output or "").endswith("/"):
         raise UsageError("--rows-per-part is about a folder of Parquet files: give one, -o DIR/")
     inputs = reading.find(report.note)
     output = writing.output if inputs.shard is None or writing.output is None else inputs.shard.part(writing.output)
@@ -128,7 +128,7 @@ def run(
         **settings, **({"fast_decode": True} if machine.reduces else {}),
     }  # fmt: skip
     engine = _engine(options, compute, report)
-    job = Job(inputs, make_stage, command, report, engine, writing.resume, writing.overwrite, writing.rows_per_part)
+    job = Job(inputs, make_stage, command, report, engine, writing.resume, writing.overwrite, writing.part_rows)
     if output is not None:
         return job.to_file(output)
     return job.to_screen(screen or _screen(writing.as_json))
