@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,17 +172,22 @@ def load(resolved: ResolvedModel, fetch_progress: Callable[[int, int | None], No
     """
     from timm.data.config import resolve_model_data_config
 
+    from .building import NoInitialWeights
+
     builders = {
         "checkpoint": _load_checkpoint,
         "folder": _load_folder,
         "hub": _load_hub,
-        "random": _load_random,
+        "manifest": partial(_load_manifest, progress=fetch_progress),
         "timm": _load_timm,
     }
-    if resolved.origin == "manifest":
-        module = _load_manifest(resolved, fetch_progress)
+    if resolved.origin == "random":
+        module = _load_random(resolved)
     else:
-        module = builders[resolved.origin](resolved)
+        with NoInitialWeights() as initial:
+            module = builders[resolved.origin](resolved)
+        if left := initial.left_in(module):  # timm loads some architectures without minding what is missing
+            raise UsageError(f"the weights of {resolved.label} lack {len(left)} of its entries ({_first(left, 5)})")
     module = module.eval()
     config = resolve_model_data_config(module)
     if config["input_size"][0] not in (1, 3):

@@ -177,7 +177,7 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Decode processes, 0 for none beside this one; by default half the cores, all with a GPU.",
+        help="Decode processes, 0 for none beside this one; by default one a core (`train` on a CPU: half).",
         rich_help_panel=_SPEED,
         show_default=False,
     ),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .batch.sources import Inputs
     from .models import Network
 
-__all__ = ["Choice", "Resolved", "RunOptions", "default_workers", "finish", "run"]
+__all__ = ["Choice", "Resolved", "RunOptions", "cores", "default_workers", "finish", "run"]
 
 
 class Resolved(Protocol):
@@ -144,7 +144,7 @@ def _engine(options: RunOptions, compute: Compute, report: RunReport) -> Engine:
     machine, distributed = options.machine, options.distributed
     common: dict[str, Any] = {"batch_size": compute.batch_size, "read_timeout": options.reading.read_timeout}
     if distributed.engine == "local":
-        workers = default_workers(compute.device.type) if machine.workers is None else machine.workers
+        workers = default_workers() if machine.workers is None else machine.workers
         return partial(run_local, workers=workers, **common)
     from .batch.cluster import Cluster, check_address, run_ray
 
@@ -181,7 +181,11 @@ def _screen(as_json: bool) -> Screen:
     return RowTable() if sys.stdout.isatty() else RowText(sys.stdout, "csv")
 
 
-def default_workers(device: str) -> int:
-    """How many decode processes suit a kind of device on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores) if device != "cpu" else max(1, min(8, cores // 2))
+def default_workers() -> int:
+    """How many decode processes suit this machine: one a core, since they only take what the network leaves."""
+    return min(16, cores())
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

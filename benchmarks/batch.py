@@ -89,7 +89,7 @@ def measure_run(verb: str, model: str, kind: str, count: int, options: argparse.
     from apps.models import ModelChoice, load, resolve
     from apps.run import default_workers
 
-    workers = default_workers("cpu") if options.workers is None else options.workers
+    workers = default_workers() if options.workers is None else options.workers
     network = load(resolve(ModelChoice(model, random_weights=True)))
     stage = {"classify": Classify, "embed": Embed}[verb](
         network, Compute(torch.device("cpu"), batch_size=options.batch_size)
@@ -151,7 +151,10 @@ def bare_rate(module: Any, images: Any, count: int) -> float:
 
 
 def compare_published(script: Path, model: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the whole command `classify` and of timm's script on the same files, weights and batch, in turns."""
+    """Seconds of the whole command `classify` and of timm's script on the same files, weights and batch, in turns.
+
+    Each with its own defaults, which on two cores are two decode processes for both.
+    """
     import torch
 
     from apps.models import ModelChoice, load, resolve
@@ -161,29 +164,18 @@ def compare_published(script: Path, model: str, options: argparse.Namespace) -> 
         photographs.mkdir()
         make_photographs(photographs, options.images, "web")
         torch.save(load(resolve(ModelChoice(model, random_weights=True))).module.state_dict(), weights)
-        common = [
-            "--model",
-            model,
-            "--checkpoint",
-            str(weights),
-            "--batch-size",
-            str(options.batch_size),
-            "--workers",
-            "1",
-        ]
-        ours = ["from apps.cli import main; main()", "classify", str(photographs), "--overwrite"]
-        theirs = [
-            "import runpy, sys, vision; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
-            str(script), str(photographs), "--device", "cpu", "--topk", "5", "--no-console-results",
+        common = ["--model", model, "--checkpoint", str(weights), "--batch-size", str(options.batch_size)]
+        ours = [
+            sys.executable, "-c", "from apps.cli import main; main()", "classify", str(photographs), *common,
+            "-o", f"{folder}/ours.csv", "--overwrite",
         ]  # fmt: skip
-        pairs = []
-        for _ in range(options.turns):
-            pairs.append(
-                (
-                    _seconds([*ours, *common, "-o", f"{folder}/ours.csv"]),
-                    _seconds([*theirs, *common, "--results-file", f"{folder}/theirs.csv"]),
-                )
-            )
+        theirs = [
+            options.published_python, "-c",
+            "import runpy, sys, vision; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
+            str(script), str(photographs), *common, "--results-file", f"{folder}/theirs.csv",
+            "--device", "cpu", "--topk", "5", "--no-console-results",
+        ]  # fmt: skip
+        pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(options.turns)]
     return {
         "model": model, "images": options.images, "seconds": round(statistics.median(own for own, _ in pairs), 2),
         "published_seconds": round(statistics.median(other for _, other in pairs), 2),
@@ -191,9 +183,9 @@ def compare_published(script: Path, model: str, options: argparse.Namespace) -> 
     }  # fmt: skip
 
 
-def _seconds(arguments: list[str]) -> float:
+def _seconds(command: list[str]) -> float:
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return time.perf_counter() - begin
 
@@ -205,7 +197,7 @@ def job_rate(stage: Any, inputs: Any, workers: int | None, batch_size: int) -> f
     from apps.console import RunReport
     from apps.run import default_workers
 
-    workers = default_workers("cpu") if workers is None else workers
+    workers = default_workers() if workers is None else workers
     with tempfile.TemporaryDirectory() as folder:
         engine = partial(run_local, batch_size=batch_size, workers=workers)
         job = Job(inputs, lambda: stage, {"benchmark": "batch"}, RunReport(), engine)
@@ -265,7 +257,7 @@ def classify_with_a_stub(folder: str, output: str) -> None:
         nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), "stub", [f"class_{i}" for i in range(10)], config
     )
     stage = Classify(network, Compute(torch.device("cpu")))
-    engine = partial(run_local, batch_size=32, workers=default_workers("cpu"))
+    engine = partial(run_local, batch_size=32, workers=default_workers())
     Job(Inputs([folder]), lambda: stage, {}, RunReport(), engine).to_file(output)
 
 
@@ -290,6 +282,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="decode processes; by default what the command takes")
     parser.add_argument("--only", choices=("throughput", "memory"))
     parser.add_argument("--published", type=Path, help="timm's inference.py, for its time on the same files")
+    parser.add_argument(
+        "--published-python", default=sys.executable, help="of an environment with timm, torch and pandas, for it"
+    )
     parser.add_argument("--quick", action="store_true", help="few images, one turn")
     parser.add_argument("--json", type=Path, help="also write the figures here, beside what is there already")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)

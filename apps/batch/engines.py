@@ -175,7 +175,7 @@ def _start_worker(index: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     keep_freed_memory(WORKERS_SPARE)
-    os.nice(10)  # on a busy machine the network goes first; decoding only has to keep up
+    os.nice(19)  # the network goes first, whose threads wait for each other; decoding takes what it leaves
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

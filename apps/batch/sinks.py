@@ -358,7 +358,9 @@ def _json_cell(value: Any) -> str:
 
 def _json_numbers(vector: np.ndarray) -> str:
     """Shortest digits that give the same float32 back: a third of what the same numbers take as doubles."""
-    return f"[{', '.join(vector.astype(np.str_).tolist())}]"
+    import pyarrow as pa  # six times as fast as NumPy or Python, which would cost a tenth of a light network's time
+
+    return f"[{', '.join(pa.array(vector).cast(pa.string()).to_pylist())}]"
 
 
 def _gathered(reader: Any) -> Iterator[Any]:

@@ -124,7 +124,7 @@ def run(order: Order, model: ModelChoice, machine: Batches, output: str | None, 
         require_library(network.data_config["input_size"][1:])
     plan = Plan(_samples(data, matched), corruptions, severities if corruptions else ())
     stage = _stage(network, machine, device, plan, metrics)
-    workers = default_workers(device.type) if machine.workers is None else machine.workers
+    workers = default_workers() if machine.workers is None else machine.workers
     failed = _work(stage, plan, workers, report, output)
     facts = {
         "data": data.where, "model": network.label, "weights": resolved.identity, "classes": len(data.classes),

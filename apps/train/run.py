@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..labelled import Labelled, unreadable
 from ..models import ModelChoice, resolve
 from ..options import Machine
-from ..run import default_workers
+from ..run import cores
 from .checkpoint import VAL, Folder, Record, differences
 from .network import Built, Start, build
 from .progress import require_tensorboard
@@ -122,13 +122,18 @@ def _accelerator(machine: Machine, leaves_out: bool) -> Accelerator:
     )
 
 
+def _default_workers(device: str) -> int:
+    """How many decode processes suit a kind of device; on a CPU they compete with the network, at its priority."""
+    return min(16, cores()) if device != "cpu" else max(1, min(8, cores() // 2))
+
+
 def _prepare(order: Order, machine: Machine, accelerator: Accelerator, folder: Folder) -> Trainer:
     """Data, network and record of a run."""
     from .data import parts
     from .trainer import Trainer
 
     note: Callable[[str], None] = _note if accelerator.is_main_process else lambda _: None  # said once, by the first
-    workers = default_workers(accelerator.device.type) if machine.workers is None else machine.workers
+    workers = _default_workers(accelerator.device.type) if machine.workers is None else machine.workers
     found = parts(order.data, order.val_share, order.learning.seed, note)
     with accelerator.main_process_first():  # which fetches weights for all
         built = build(order.start, found.train.classes, order.learning.seed, note)

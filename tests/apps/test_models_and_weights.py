@@ -17,6 +17,7 @@ from support import SAMPLES
 
 import attnsuite  # noqa: F401 - registers our models
 import weights
+from apps.building import NoInitialWeights
 from apps.models import label_names
 
 
@@ -213,6 +214,29 @@ def test_a_checkpoint_shows_its_own_labels(run, own_checkpoint, tmp_path):
     shutil.copy(own_checkpoint / "model.safetensors", tmp_path / "bare.safetensors")
     bare = run("classify", SAMPLES / "cat.jpg", "--model", "litv2_nano", "--checkpoint", "bare.safetensors", "--json")
     assert json.loads(bare.out)["label_1"].startswith("class_")
+
+
+def test_a_checkpoint_that_lacks_weights_is_no_network(run, tmp_path):
+    """timm loads a DLA without minding what is missing, and would go on with random numbers."""
+    whole = timm.create_model("dla46x_c").state_dict()
+    torch.save({name: weight for name, weight in whole.items() if "fc" not in name}, tmp_path / "part.pth")
+    done = run("classify", SAMPLES / "cat.jpg", "--model", "dla46x_c", "--checkpoint", "part.pth")
+    assert done.code == 2 and "lack 1 of its entries (fc.weight)" in done.err, done.err
+
+
+def test_nothing_but_weights_differs_where_initial_ones_are_left_out():
+    for name in ("litv2_nano", "test_vit", "dla46x_c"):
+        torch.manual_seed(0)
+        drawn = timm.create_model(name)
+        with NoInitialWeights() as initial:
+            blank = timm.create_model(name)
+        assert initial.left_in(blank)
+        for (key, one), (_, other) in zip(drawn.named_buffers(), blank.named_buffers(), strict=True):
+            assert torch.equal(one, other), key
+        blank.load_state_dict(drawn.state_dict())
+        assert not initial.left_in(blank)
+        images = torch.randn(1, *drawn.pretrained_cfg["input_size"])
+        assert torch.equal(drawn.eval()(images), blank.eval()(images))
 
 
 def test_another_content_of_the_checkpoint_is_another_command(run, own_checkpoint, tmp_path):
