@@ -45,7 +45,7 @@ def classify(
     writing: opt.WritingRows,
     model: ModelChoice,
     clip: ClipChoice,
-    machine: opt.Compiled,
+    machine: opt.Prepared,
     distributed: opt.Distributed,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Labels an image; 5, or all if there are fewer.", show_default=False)
@@ -94,7 +94,7 @@ def embed(
     writing: opt.WritingRows,
     model: ModelChoice,
     clip: ClipChoice,
-    machine: opt.Compiled,
+    machine: opt.Prepared,
     distributed: opt.Distributed,
     stage: Annotated[
         int | None,
@@ -122,7 +122,7 @@ def embed(
 def search(
     reading: opt.Searching,
     clip: ClipChoice,
-    machine: opt.Compiled,
+    machine: opt.Prepared,
     query: Annotated[
         list[str] | None,
         typer.Option("--query", "-q", metavar="TEXT", help="What to search for; may be repeated.", show_default=False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -12,13 +12,15 @@ import typer
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from .batch.sources import Inputs
+    from .batch.stage import Compute
 
 __all__ = [
     "BatchSize",
     "Batches",
     "Checkpoint",
-    "Compiled",
     "CpusPerWorker",
     "Debug",
     "Device",
@@ -32,12 +34,14 @@ __all__ = [
     "NumWorkers",
     "Output",
     "Overwrite",
+    "Prepared",
     "RandomWeights",
     "RayAddress",
     "ReadTimeout",
     "Reading",
     "Resume",
     "RowsPerPart",
+    "RuntimeName",
     "Searching",
     "Shard",
     "Threads",
@@ -50,6 +54,7 @@ _INPUT, _MODEL, _OUTPUT, _SPEED = "What to read", "Which model", "What to write"
 _WIDE = "On how many machines"
 
 Engines = Literal["local", "ray"]
+Runtimes = Literal["torch", "onnx"]
 
 Images = Annotated[
     list[str],
@@ -191,7 +196,14 @@ Amp = Annotated[bool, typer.Option("--amp", help="Half precision (bfloat16).", r
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the network first (torch.compile).", rich_help_panel=_SPEED)
 ]
-
+RuntimeName = Annotated[
+    Runtimes,
+    typer.Option(
+        "--runtime",
+        help="torch, or onnx for ONNX Runtime on the CPU: faster for networks of convolutions.",
+        rich_help_panel=_SPEED,
+    ),
+]
 EngineName = Annotated[
     Engines,
     typer.Option("--engine", help="local, or ray for Ray Data on a cluster of machines.", rich_help_panel=_WIDE),
@@ -363,10 +375,20 @@ class Machine:
         """Pictures a batch, where `suited` is what suits the verb on its device."""
         return suited
 
-    @property
-    def compiles(self) -> bool:
-        """Whether the network is compiled first."""
-        return False
+    def compute(self, device: torch.device, on_gpu: bool, suited: int) -> Compute:
+        """How the network is run.
+
+        Args:
+            device: Where.
+            on_gpu: Whether it, or a worker's device, is a GPU.
+            suited: Pictures a batch that suit the verb there.
+
+        Raises:
+            UsageError: That cannot be.
+        """
+        from .batch.stage import Compute
+
+        return Compute(device, self.amp, batch_size=self.batch(suited))
 
     @property
     def reduces(self) -> bool:
@@ -386,16 +408,38 @@ class Batches(Machine):
 
 
 @dataclass(frozen=True)
-class Compiled(Batches):
-    """The same for a network that may be compiled first (`torch.compile`), and that sees little of large pictures."""
+class Prepared(Batches):
+    """The same for a network that sees little of large pictures, and may be made into something faster first.
+
+    Attributes:
+        compile: By `torch.compile`.
+        runtime: Or by another library than PyTorch.
+        fast_decode: Decode large JPEGs at a fraction of their size.
+    """
 
     compile: Compile = False
+    runtime: RuntimeName = "torch"
     fast_decode: FastDecode = False
 
-    @property
-    def compiles(self) -> bool:
-        """As the user says."""
-        return self.compile
+    def compute(self, device: torch.device, on_gpu: bool, suited: int) -> Compute:
+        """As the user says.
+
+        Raises:
+            UsageError: ONNX Runtime is not installed, or cannot do what else was asked for.
+        """
+        if self.runtime == "onnx":
+            self._check_onnx(on_gpu)
+        return replace(super().compute(device, on_gpu, suited), compile=self.compile, runtime=self.runtime)
+
+    def _check_onnx(self, on_gpu: bool) -> None:
+        for option in ("compile", "amp"):
+            if getattr(self, option):
+                raise UsageError(f"--runtime onnx and --{option} exclude each other")
+        if on_gpu:
+            raise UsageError("--runtime onnx is for the CPU: add --device cpu")
+        missing = [name for name in ("onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UsageError(f'--runtime onnx needs {" and ".join(missing)}: pip install "attnsuite[onnx]"')
 
     @property
     def reduces(self) -> bool:

@@ -110,7 +110,7 @@ def run(
     output = writing.output if inputs.shard is None or writing.output is None else inputs.shard.part(writing.output)
     resolved = options.model.resolve()
     device, on_gpu = _place(options.distributed, machine.device)
-    compute = Compute(device, machine.amp, machine.compiles, machine.batch(gpu_batch if on_gpu else cpu_batch))
+    compute = machine.compute(device, on_gpu, gpu_batch if on_gpu else cpu_batch)
     if machine.amp and device.type == "cpu" and not has_bfloat16():
         report.note("--amp: this processor has no instructions for bfloat16, so it is slower with --amp than without")
 

@@ -116,12 +116,19 @@ class Compute:
         amp: Half precision where autocast deems it safe: bfloat16, or float16 on a GPU without it.
         compile: Compile the network first; batches are then padded to one size.
         batch_size: Pictures a batch.
+        runtime: What runs it: `torch`, or `onnx` for ONNX Runtime on the CPU, with batches of one size likewise.
     """
 
     device: torch.device
     amp: bool = False
     compile: bool = False
     batch_size: int = 32
+    runtime: Literal["torch", "onnx"] = "torch"
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the network is made into something else first, for batches of one size."""
+        return self.compile or self.runtime == "onnx"
 
 
 def pick_device(name: str) -> torch.device:
@@ -168,7 +175,7 @@ class Stage(ABC):
         self._mean = 255 * torch.tensor(config["mean"], device=compute.device).view(1, -1, 1, 1)
         self._std = 255 * torch.tensor(config["std"], device=compute.device).view(1, -1, 1, 1)
         self.decoder = decoder or _decoder(network, view_size)
-        self._compiled: Any = None
+        self._prepared: Any = None
 
     @property
     @abstractmethod
@@ -206,15 +213,16 @@ class Stage(ABC):
 
     def forward(self, images: torch.Tensor, call: Any = None) -> torch.Tensor:
         """Runs the network, or always the same `call` for it, without gradients, as `compute` says; float32 out."""
-        call = self._prepared(self.module if call is None else call)
-        count = len(images)
+        call, count = self.module if call is None else call, len(images)
         if self.compute.device.type == "cpu":  # convolutions are faster so, and networks without any no slower
             images = images.contiguous(memory_format=torch.channels_last)
-        if self.compute.compile and count < self.compute.batch_size:
+        if self.compute.prepares and count < self.compute.batch_size:
             padding = images.new_zeros(self.compute.batch_size - count, *images.shape[1:])
             images = torch.cat([images, padding])
+        if self.compute.prepares and self._prepared is None:
+            self._prepared = self._prepare(call, images)
         with torch.inference_mode(), self.autocast():
-            return call(images)[:count].float()
+            return (self._prepared or call)(images)[:count].float()
 
     def move(self, device: torch.device) -> None:
         """Puts the network on another device, in a process that a copy of this stage was sent to."""
@@ -222,13 +230,13 @@ class Stage(ABC):
         self.module.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 
-    def _prepared(self, call: Any) -> Any:
-        """What runs, compiled on first use if that is asked for: what is compiled cannot be sent to other processes."""
-        if not self.compute.compile:
-            return call
-        if self._compiled is None:
-            self._compiled = torch.compile(call)
-        return self._compiled
+    def _prepare(self, call: Any, images: torch.Tensor) -> Any:
+        """What runs instead, made on first use: it cannot be sent to other processes."""
+        if self.compute.compile:
+            return torch.compile(call)
+        from .onnx_session import onnx_session
+
+        return onnx_session(self.module, call, images)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that was asked for, as a context."""

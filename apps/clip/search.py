@@ -24,7 +24,7 @@ from ..console import FetchBar, RunReport, stderr
 from ..embed import Embed
 from ..errors import Stopped, UsageError
 from ..models import Network
-from ..options import Compiled, Reading, Writing
+from ..options import Prepared, Reading, Writing
 from ..run import RunOptions, run
 from .choice import ClipChoice, ResolvedClip, choice_of, is_same
 from .features import is_features, label_of, pieces
@@ -135,7 +135,7 @@ class _Collector:
                     self._note(f"{row['path']}: {row['error']}")
 
 
-def search(reading: Reading, queries: Sequence[str], clip: ClipChoice, machine: Compiled, top_k: int) -> Found:
+def search(reading: Reading, queries: Sequence[str], clip: ClipChoice, machine: Prepared, top_k: int) -> Found:
     """Ranks images by how well they show each query.
 
     Args:
