@@ -76,7 +76,7 @@ def results_page() -> str:
     if (RESULTS / "vlm.json").exists():
         parts += [_switches(_report("vlm"))]
     parts += [_scanpaths(_report("scanpaths"))]
-    parts += [_batch(_report("batch")), _scale(_report("scale"))]
+    parts += [_batch(_report("batch")), _runtimes(_report("runtimes")), _scale(_report("scale"))]
     if (RESULTS / "demo_load.json").exists():
         parts += [_demo(_report("demo_load"))]
     return "\n".join(part for part in parts if part)
@@ -341,7 +341,7 @@ def _batch(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
     numbers = ("left_alone", "bare", "decode_ms", "possible", "run", "of_bare", "of_possible")
     rows = [
-        [row["verb"], f"`{row['model']}`", row["photographs"], *(str(row[name]) for name in numbers)]
+        [row["verb"], f"`{row['model']}`", row["photographs"], *(str(row[name]) for name in numbers), _of_decoder(row)]
         for row in report["throughput"]
     ]
     header = [
@@ -357,11 +357,12 @@ def _batch(report: dict[str, Any]) -> str:
     text = (
         "## Whole runs against the bare network\n\n`python benchmarks/batch.py`: "
         f"{on['cpu']}, {on['date']}, {versions}, batch {first['batch_size']}, {first['threads']} threads, "
-        f"{first['workers']} decode process, random weights; images/s, medians of runs and bare network in turns. "
+        f"{first['workers']} decode processes, random weights; images/s, medians of runs and bare network in turns. "
         "Photographs are 500 × 375 (web) or 12 megapixels (camera). *Left alone*: memory given back after every layer, "
         "channels first, as PyTorch has it. *Bare*: on tensors in memory, as the command runs it. *Possible*: "
-        "min(workers / decode, 1 / (1 / bare + decode / cores)), since decoding takes the same cores.\n\n"
-        + table([*header, "of bare", "of possible"], rows)
+        "min(workers / decode, 1 / (1 / bare + decode / cores)), since decoding takes the same cores. *Of decoder*: of what the decode "
+        "processes alone would give.\n\n"
+        + table([*header, "of bare", "of possible", "of decoder"], rows)
     )
     if "published" in report:
         rows = [
@@ -372,6 +373,24 @@ def _batch(report: dict[str, Any]) -> str:
         text += table(["model", "photographs", "`attnsuite classify`, s", "`inference.py`, s", "ratio"], rows)
     peaks = [[f"{row['inputs']:,}", f"{row['peak_mb']:.0f}"] for row in report["memory"]]
     return text + "\nPeak resident memory of the command's largest process:\n\n" + table(["inputs", "peak MB"], peaks)
+
+
+def _of_decoder(row: dict[str, Any]) -> str:
+    return f"{row['run'] * row['decode_ms'] / 1000 / row['workers']:.3f}"
+
+
+def _runtimes(report: dict[str, Any]) -> str:
+    on, first = report["machine"], report["rows"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+    names = ("images_per_s", "ratio", "start_s", "differs")
+    rows = [[f"`{row['model']}`", row["runtime"], *(str(row[name]) for name in names)] for row in report["rows"]]
+    return (
+        "## Runtimes on a CPU\n\n`python benchmarks/runtimes.py`: "
+        f"{on['cpu']}, {on['date']}, {versions}, batch {first['batch_size']} in memory, {first['threads']} threads, "
+        "random weights; all in turns, medians. *Ratio*: to PyTorch as it is. *Start*: until the first batch is out. "
+        "*Differs*: the greatest difference of a logit over the greatest logit.\n\n"
+        + table(["model", "runtime", "images/s", "ratio", "start, s", "differs"], rows)
+    )
 
 
 def _scale(report: dict[str, Any]) -> str:

@@ -221,8 +221,9 @@ class Stage(ABC):
             images = torch.cat([images, padding])
         if self.compute.prepares and self._prepared is None:
             self._prepared = self._prepare(call, images)
+        run = call if self._prepared is None else self._prepared
         with torch.inference_mode(), self.autocast():
-            return (self._prepared or call)(images)[:count].float()
+            return run(images)[:count].float()
 
     def move(self, device: torch.device) -> None:
         """Puts the network on another device, in a process that a copy of this stage was sent to."""
