@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,7 +54,8 @@ _INPUT, _MODEL, _OUTPUT, _SPEED = "What to read", "Which model", "What to write"
 _WIDE = "On how many machines"
 
 Engines = Literal["local", "ray"]
-Runtimes = Literal["torch", "onnx"]
+Runtimes = Literal["torch", "onnx", "openvino"]
+_NEEDS = {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
 
 Images = Annotated[
     list[str],
@@ -200,7 +201,7 @@ RuntimeName = Annotated[
     Runtimes,
     typer.Option(
         "--runtime",
-        help="torch, or onnx for ONNX Runtime on the CPU: faster for networks of convolutions.",
+        help="torch; on a CPU onnx (ONNX Runtime) or openvino, faster for networks of convolutions.",
         rich_help_panel=_SPEED,
     ),
 ]
@@ -425,21 +426,22 @@ class Prepared(Batches):
         """As the user says.
 
         Raises:
-            UsageError: ONNX Runtime is not installed, or cannot do what else was asked for.
+            UsageError: The runtime is not installed, or cannot do what else was asked for.
         """
-        if self.runtime == "onnx":
-            self._check_onnx(on_gpu)
+        if self.runtime != "torch":
+            self._check_runtime(_NEEDS[self.runtime], on_gpu)
         return replace(super().compute(device, on_gpu, suited), compile=self.compile, runtime=self.runtime)
 
-    def _check_onnx(self, on_gpu: bool) -> None:
+    def _check_runtime(self, needs: Sequence[str], on_gpu: bool) -> None:
+        asked = f"--runtime {self.runtime}"
         for option in ("compile", "amp"):
             if getattr(self, option):
-                raise UsageError(f"--runtime onnx and --{option} exclude each other")
+                raise UsageError(f"{asked} and --{option} exclude each other")
         if on_gpu:
-            raise UsageError("--runtime onnx is for the CPU: add --device cpu")
-        missing = [name for name in ("onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+            raise UsageError(f"{asked} is for the CPU: add --device cpu")
+        missing = [name for name in needs if importlib.util.find_spec(name) is None]
         if missing:
-            raise UsageError(f'--runtime onnx needs {" and ".join(missing)}: pip install "attnsuite[onnx]"')
+            raise UsageError(f'{asked} needs {" and ".join(missing)}: pip install "attnsuite[{self.runtime}]"')
 
     @property
     def reduces(self) -> bool:

@@ -6,18 +6,16 @@
 One batch in memory, all runtimes in turns in one process, A B C A B C; the medians of the turns' ratios to PyTorch as
 it is (channels last, memory kept: what `attnsuite classify` runs). *Start* is the time until the first batch is out.
 *Differs* is the greatest difference of a logit, as a share of the greatest logit. Random weights: speed does not
-depend on them. OpenVINO is measured where it is installed.
+depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +47,9 @@ def measure(model: str, batch_size: int, turns: int) -> list[dict[str, Any]]:
         "--compile": Compute(device, compile=True, batch_size=batch_size),
         "--amp": Compute(device, amp=True, batch_size=batch_size),
         "--runtime onnx": Compute(device, runtime="onnx", batch_size=batch_size),
+        "--runtime openvino": Compute(device, runtime="openvino", batch_size=batch_size),
     }
     runs: dict[str, Callable[[Any], Any]] = {name: Classify(network, how).forward for name, how in stages.items()}
-    if importlib.util.find_spec("openvino"):
-        runs["OpenVINO"] = _openvino(network.module)
     starts, outputs = {}, {}
     for name, run in runs.items():
         begin = time.perf_counter()
@@ -77,26 +74,6 @@ def measure(model: str, batch_size: int, turns: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _openvino(module: Any) -> Callable[[Any], Any]:
-    import openvino  # pyright: ignore[reportMissingImports] - only measured
-    import torch
-
-    compiled: list[Any] = []
-
-    def run(images: Any) -> Any:
-        if not compiled:
-            with tempfile.TemporaryDirectory() as folder:
-                path = f"{folder}/network.onnx"
-                torch.onnx.export(module, (images,), path, dynamo=True, verbose=False)
-                core = openvino.Core()
-                settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-                settings["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
-                compiled.append(core.compile_model(core.read_model(path), "CPU", settings))
-        return torch.from_numpy(compiled[0](images.numpy())[0].copy())
-
-    return run
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch-size", type=int, default=32)
@@ -118,8 +95,7 @@ def main() -> None:
     print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
     print("".join(f"| {' | '.join(map(str, row.values()))} |\n" for row in rows))
     if options.json:
-        names = [name for name in ("torch", "onnxruntime", "openvino") if importlib.util.find_spec(name)]
-        results = {"machine": machine.describe(*names), "rows": rows}
+        results = {"machine": machine.describe("torch", "onnxruntime", "openvino"), "rows": rows}
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -360,8 +360,8 @@ def _batch(report: dict[str, Any]) -> str:
         f"{first['workers']} decode processes, random weights; images/s, medians of runs and bare network in turns. "
         "Photographs are 500 × 375 (web) or 12 megapixels (camera). *Left alone*: memory given back after every layer, "
         "channels first, as PyTorch has it. *Bare*: on tensors in memory, as the command runs it. *Possible*: "
-        "min(workers / decode, 1 / (1 / bare + decode / cores)), since decoding takes the same cores. *Of decoder*: of what the decode "
-        "processes alone would give.\n\n"
+        "min(workers / decode, 1 / (1 / bare + decode / cores)), since decoding takes the same cores. "
+        "*Of decoder*: of what the decode processes alone would give.\n\n"
         + table([*header, "of bare", "of possible", "of decoder"], rows)
     )
     if "published" in report:

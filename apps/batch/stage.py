@@ -116,19 +116,20 @@ class Compute:
         amp: Half precision where autocast deems it safe: bfloat16, or float16 on a GPU without it.
         compile: Compile the network first; batches are then padded to one size.
         batch_size: Pictures a batch.
-        runtime: What runs it: `torch`, or `onnx` for ONNX Runtime on the CPU, with batches of one size likewise.
+        runtime: What runs it: `torch`, or on the CPU `onnx` for ONNX Runtime or `openvino`, with batches of one size
+            likewise.
     """
 
     device: torch.device
     amp: bool = False
     compile: bool = False
     batch_size: int = 32
-    runtime: Literal["torch", "onnx"] = "torch"
+    runtime: Literal["torch", "onnx", "openvino"] = "torch"
 
     @property
     def prepares(self) -> bool:
         """Whether the network is made into something else first, for batches of one size."""
-        return self.compile or self.runtime == "onnx"
+        return self.compile or self.runtime != "torch"
 
 
 def pick_device(name: str) -> torch.device:
@@ -235,9 +236,10 @@ class Stage(ABC):
         """What runs instead, made on first use: it cannot be sent to other processes."""
         if self.compute.compile:
             return torch.compile(call)
-        from .onnx_session import onnx_session
+        from .exported import exported
 
-        return onnx_session(self.module, call, images)
+        assert self.compute.runtime != "torch"
+        return exported(self.module, call, images, self.compute.runtime)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that was asked for, as a context."""

@@ -32,7 +32,14 @@ SEGMENTERS = [n for n in NAMES if fnmatch.fnmatch(n, "*_ocr") or fnmatch.fnmatch
 CLASSIFIERS = [n for n in NAMES if n not in SEGMENTERS]
 TRANSFORMERS = ("sparsifiner_*", "dcal_*")  # built for one image size, tokens all of one stride
 
+# Each of these has the modules of a smaller one that is tested always, and takes seconds to be filled with numbers.
+LARGE = ("*_large_*", "*_base_*", "*_base", "*_w48*", "*_medium*", "*101")
+
 every = pytest.mark.parametrize("name", NAMES)
+numbers = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if any(fnmatch.fnmatch(n, p) for p in LARGE) else n for n in NAMES],
+)
 classifiers = pytest.mark.parametrize("name", CLASSIFIERS)
 
 
@@ -81,7 +88,7 @@ def test_every_name_has_a_configuration_and_a_documented_entry():
     assert set(timm.list_models(name_matches_cfg=True)) >= set(NAMES)
 
 
-@every
+@numbers
 def test_forward_backward(name: str):
     """Every parameter has a gradient; evaluation is finite, repeatable and the same with checkpointing."""
     model = at_64(name, num_classes=7).train()
