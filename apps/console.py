@@ -142,17 +142,19 @@ class RowText:
     def __init__(self, stream: IO[str], form: str) -> None:
         self._stream = stream
         self._form = form
+        self._columns: tuple[Column, ...] = ()
         self._write: Callable[[list[Row]], None] | None = None
 
     def begin(self, stage: Stage, columns: tuple[Column, ...]) -> None:
-        """Writes the header, if the form has one."""
-        from .batch.sinks import stdout_writer
-
-        self._write = stdout_writer(self._stream, columns, self._form)
+        """Takes note of the columns; nothing is written before there are rows, since the engine may refuse yet."""
+        self._columns = columns
 
     def show(self, rows: list[Row]) -> None:
-        """Writes the rows and flushes."""
-        assert self._write is not None
+        """Writes the rows, after the header if the form has one, and flushes."""
+        if self._write is None:
+            from .batch.sinks import stdout_writer
+
+            self._write = stdout_writer(self._stream, self._columns, self._form)
         self._write(rows)
 
 

@@ -119,13 +119,13 @@ def share_out(cluster: Cluster, nodes: Sequence[dict[str, float]]) -> Share:
         largest = _amounts(cpus, most_gpus, None)
         spare = " and one core for decoding" if gpus else ""
         raise UsageError(
-            f"no worker fits: each needs {each}{spare}, and the largest of {len(nodes)} nodes has "
+            f"no worker fits: each needs {each}{spare}, and the largest of {_counted(len(nodes), 'node')} has "
             f"{', '.join(largest)}; ask for less with --cpus-per-worker, --gpus-per-worker or --memory-per-worker"
         )
     if cluster.workers is not None and cluster.workers > room:
         raise UsageError(
             f"--num-workers {cluster.workers} does not fit: with {each} for each worker there is room for {room} on "
-            f"{len(nodes)} {'nodes' if len(nodes) > 1 else 'node'}"
+            + _counted(len(nodes), "node")
             + (", one core being left for decoding" if gpus else "")
             + "; ask for fewer, or for less each"
         )
@@ -143,6 +143,10 @@ def _amounts(cpus: float, gpus: float, memory: float | None) -> Iterator[str]:
         yield f"{gpus:g} GPU"
     if memory:
         yield f"{memory:g} GiB"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def run_ray(
@@ -174,7 +178,8 @@ def run_ray(
     """
     with _connected(cluster.address) as ray:
         share = share_out(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        note(f"Ray: {share.workers} workers, each with {', '.join(_amounts(share.cpus, share.gpus, share.memory))}")
+        amounts = ", ".join(_amounts(share.cpus, share.gpus, share.memory))
+        note(f"Ray: {_counted(share.workers, 'worker')}, each with {amounts}")
         results = _results(stage, rest, share, cluster.device, batch_size, read_timeout)
         for sources, rows in _watched(results, stop, lambda: note(_state(ray))):
             emit(sources, rows)
@@ -327,7 +332,7 @@ def _state(ray: Any) -> str:
     all_of, free = ray.cluster_resources(), ray.available_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
     return (
-        f"nothing has come from Ray for {_QUIET:g} s: {nodes} {'nodes' if nodes != 1 else 'node'} up, "
+        f"nothing has come from Ray for {_QUIET:g} s: {_counted(nodes, 'node')} up, "
         f"{free.get('CPU', 0):g} of {all_of.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} of "
         f"{all_of.get('GPU', 0):g} GPU free; waiting on"
     )

@@ -32,7 +32,7 @@ from apps.batch.job import Job
 from apps.batch.sources import Inputs
 from apps.batch.stage import Batch, Compute, Row
 from apps.classify import Classify
-from apps.console import RunReport
+from apps.console import RowText, RunReport
 from apps.embed import Embed
 from apps.errors import Stopped, UsageError
 from apps.explain import Explain
@@ -72,7 +72,7 @@ def test_as_many_workers_as_there_is_room_for(asked, nodes, workers, gpus):
     ("asked", "says"),
     [
         ({"workers": 9}, "--num-workers 9 does not fit: with 1 CPU for each worker there is room for 8 on 1 node;"),
-        ({"cpus": 9}, "no worker fits: each needs 9 CPU, and the largest of 1 nodes has 8 CPU;"),
+        ({"cpus": 9}, "no worker fits: each needs 9 CPU, and the largest of 1 node has 8 CPU;"),
         ({"memory": 64}, "no worker fits: each needs 1 CPU, 64 GiB"),
         ({"device": "cuda"}, "no worker fits: each needs 1 CPU, 1 GPU and one core for decoding"),
     ],
@@ -214,6 +214,21 @@ def test_stages_can_be_sent(network, tmp_path):
         assert sent.columns == stage.columns
 
 
+def test_nothing_is_written_where_the_engine_refuses(stage, photos):
+    def full(*arguments: Any) -> None:
+        raise UsageError("no worker fits")
+
+    shown = io.StringIO()
+    with pytest.raises(UsageError, match="no worker fits"):
+        job(stage, Inputs([str(photos)]), full).to_screen(RowText(shown, "csv"))
+    assert shown.getvalue() == ""
+    job(stage, Inputs([str(photos)], limit=2), partial(run_local, batch_size=8, workers=0)).to_screen(
+        RowText(shown, "csv")
+    )
+    header, *lines = shown.getvalue().splitlines()
+    assert header.startswith("path,") and len(lines) == 2
+
+
 # --- what dies
 
 
@@ -318,7 +333,7 @@ def test_an_error_of_ours_travels_and_silence_is_broken(cluster, stage, photos, 
     with pytest.raises(UsageError, match="this network cannot be asked"):
         job(broken, Inputs([str(photos)]), on_ray(cluster, note=said.append)).to_file(str(tmp_path / "rows.csv"))
     assert not list(tmp_path.iterdir())
-    assert said[0] == "Ray: 1 workers, each with 1 CPU"
+    assert said[0] == "Ray: 1 worker, each with 1 CPU"
     assert any("nothing has come from Ray for 0.5 s: 1 node up" in line for line in said)
 
 
