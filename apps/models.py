@@ -172,7 +172,7 @@ def load(resolved: ResolvedModel, fetch_progress: Callable[[int, int | None], No
     """
     from timm.data.config import resolve_model_data_config
 
-    from .building import NoInitialWeights
+    from .building import NoInitialWeights, left_blank
 
     builders = {
         "checkpoint": _load_checkpoint,
@@ -184,9 +184,9 @@ def load(resolved: ResolvedModel, fetch_progress: Callable[[int, int | None], No
     if resolved.origin == "random":
         module = _load_random(resolved)
     else:
-        with NoInitialWeights() as initial:
+        with NoInitialWeights():
             module = builders[resolved.origin](resolved)
-        if left := initial.left_in(module):  # timm loads some architectures without minding what is missing
+        if left := left_blank(module):  # timm loads some architectures without minding what is missing
             raise UsageError(f"the weights of {resolved.label} lack {len(left)} of its entries ({_first(left, 5)})")
     module = module.eval()
     config = resolve_model_data_config(module)

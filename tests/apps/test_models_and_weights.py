@@ -17,7 +17,7 @@ from support import SAMPLES
 
 import attnsuite  # noqa: F401 - registers our models
 import weights
-from apps.building import NoInitialWeights
+from apps.building import NoInitialWeights, left_blank
 from apps.models import label_names
 
 
@@ -221,20 +221,28 @@ def test_a_checkpoint_that_lacks_weights_is_no_network(run, tmp_path):
     whole = timm.create_model("dla46x_c").state_dict()
     torch.save({name: weight for name, weight in whole.items() if "fc" not in name}, tmp_path / "part.pth")
     done = run("classify", SAMPLES / "cat.jpg", "--model", "dla46x_c", "--checkpoint", "part.pth")
-    assert done.code == 2 and "lack 1 of its entries (fc.weight)" in done.err, done.err
+    assert done.code == 2 and "lack 2 of its entries (fc.weight, fc.bias)" in done.err, done.err
+
+
+def test_weights_that_are_zero_are_weights():
+    zeros = {name: torch.zeros_like(weight) for name, weight in timm.create_model("test_vit").state_dict().items()}
+    with NoInitialWeights():
+        module = timm.create_model("test_vit")
+    module.load_state_dict(zeros)
+    assert not left_blank(module)
 
 
 def test_nothing_but_weights_differs_where_initial_ones_are_left_out():
     for name in ("litv2_nano", "test_vit", "dla46x_c"):
         torch.manual_seed(0)
         drawn = timm.create_model(name)
-        with NoInitialWeights() as initial:
+        with NoInitialWeights():
             blank = timm.create_model(name)
-        assert initial.left_in(blank)
+        assert left_blank(blank)
         for (key, one), (_, other) in zip(drawn.named_buffers(), blank.named_buffers(), strict=True):
             assert torch.equal(one, other), key
         blank.load_state_dict(drawn.state_dict())
-        assert not initial.left_in(blank)
+        assert not left_blank(blank)
         images = torch.randn(1, *drawn.pretrained_cfg["input_size"])
         assert torch.equal(drawn.eval()(images), blank.eval()(images))
 
