@@ -8,9 +8,9 @@ Throughput: whole runs into a CSV file over photographs made from `samples/`: li
 a camera's (12 megapixels), with grain, so that they take as long to decode as real ones. *Bare* is the same network on
 tensors that are ready in memory, same batch, threads and cores. Decoding (file to uint8 tensor, transform included)
 takes the same cores; its CPU time is measured alone, and *possible* is the rate of a run that does nothing else:
-min(workers / decode, 1 / (1 / bare + decode / cores)). Runs and bare network in turns in one process, A B A B; loading
-and one warm-up are left out of both; medians of the turns' ratios. *Left alone* is the network as PyTorch and glibc
-have it: memory given back after every layer, channels first. Random weights: speed does not depend on them.
+min(workers / decode, bare, cores / (threads / bare + decode)). Runs and bare network in turns in one process, A B A B;
+loading and one warm-up are left out of both; medians of the turns' ratios. *Left alone* is the network as PyTorch and
+glibc have it: memory given back after every layer, channels first. Random weights: speed does not depend on them.
 
 Memory: peak resident memory of the largest process of a fresh run over 1,000 and over 100,000 paths in one folder,
 hard links to small pictures; listing, decode processes, rows and ledger are those of `classify`, the network is a stub.
@@ -40,14 +40,16 @@ _LINKS = 20_000
 
 
 _SIZES = {"web": (500, 375), "camera": (4000, 3000)}
-# Verb, model, photographs, and how many times --images: a light network needs many before the start weighs nothing.
+# Verb, model, photographs, threads (0 for a thread a core, 1 to leave the other cores to decoding), and how many times
+# --images: a light network needs many before the start weighs nothing.
 _RUNS = (
-    ("classify", "tf_efficientnet_lite0", "web", 6),
-    ("classify", "litv2_small", "web", 1),
-    ("classify", "biformer_small", "web", 1),
-    ("embed", "tf_efficientnet_lite0", "web", 6),
-    ("classify", "tf_efficientnet_lite0", "camera", 0.5),
-    ("classify", "tf_efficientnet_lite0", "camera, --fast-decode", 1.5),
+    ("classify", "tf_efficientnet_lite0", "web", 0, 6),
+    ("classify", "tf_efficientnet_lite0", "web", 1, 3),
+    ("classify", "litv2_small", "web", 0, 1),
+    ("classify", "biformer_small", "web", 0, 1),
+    ("embed", "tf_efficientnet_lite0", "web", 0, 6),
+    ("classify", "tf_efficientnet_lite0", "camera", 0, 0.5),
+    ("classify", "tf_efficientnet_lite0", "camera, --fast-decode", 0, 1.5),
 )
 
 
@@ -77,7 +79,9 @@ def make_photographs(folder: Path, count: int, kind: str) -> None:
         )
 
 
-def measure_run(verb: str, model: str, kind: str, count: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure_run(
+    verb: str, model: str, kind: str, threads: int, count: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Images a second of a verb's whole run, of the bare network, and of what decoding leaves possible."""
     import torch
 
@@ -90,6 +94,8 @@ def measure_run(verb: str, model: str, kind: str, count: int, options: argparse.
     from apps.run import default_workers
 
     workers = default_workers() if options.workers is None else options.workers
+    if threads:
+        torch.set_num_threads(threads)
     network = load(resolve(ModelChoice(model, random_weights=True)))
     stage = {"classify": Classify, "embed": Embed}[verb](
         network, Compute(torch.device("cpu"), batch_size=options.batch_size)
@@ -115,11 +121,12 @@ def measure_run(verb: str, model: str, kind: str, count: int, options: argparse.
             for _ in range(options.turns)
         ]
     cores = len(os.sched_getaffinity(0))
-    possible = [min(max(workers, 1) / decode, 1 / (1 / bare + decode / cores)) for bare, _ in pairs]
+    threads = torch.get_num_threads()
+    possible = [min(max(workers, 1) / decode, bare, cores / (threads / bare + decode)) for bare, _ in pairs]
     return {
         "verb": verb, "model": model, "photographs": f"{kind} {fast}".strip(), "images": count,
         "batch_size": options.batch_size,
-        "threads": torch.get_num_threads(), "workers": workers, "left_alone": round(alone, 2),
+        "threads": threads, "workers": workers, "left_alone": round(alone, 2),
         "bare": round(statistics.median(bare for bare, _ in pairs), 2), "decode_ms": round(1000 * decode, 2),
         "possible": round(statistics.median(possible), 2), "run": round(statistics.median(job for _, job in pairs), 2),
         "of_bare": round(statistics.median(job / bare for bare, job in pairs), 3),
@@ -287,7 +294,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="few images, one turn")
     parser.add_argument("--json", type=Path, help="also write the figures here, beside what is there already")
-    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--classify-with-a-stub", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.classify_with_a_stub:
@@ -296,15 +303,17 @@ def main() -> None:
     if options.quick:
         options.images, options.turns = 32, 1
     if options.run:
-        verb, model, kind, count = options.run
-        print(json.dumps(measure_run(verb, model, kind, int(count), options)))
+        verb, model, kind, threads, count = options.run
+        print(json.dumps(measure_run(verb, model, kind, int(threads), int(count), options)))
         return
     results: dict[str, Any] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     results["machine"] = machine.describe("torch", "timm", "pillow")
     if options.only != "memory":
-        results["throughput"] = [_in_a_fresh_process(*what, str(int(times * options.images))) for *what, times in _RUNS]
+        results["throughput"] = [
+            _in_a_fresh_process(*map(str, what), str(int(times * options.images))) for *what, times in _RUNS
+        ]
     if options.published:
-        models = dict.fromkeys(model for _, model, _, _ in _RUNS)
+        models = dict.fromkeys(model for _, model, *_ in _RUNS)
         results["published"] = [compare_published(options.published.resolve(), model, options) for model in models]
     if options.only != "throughput":
         results["memory"] = measure_memory([100, 1_000] if options.quick else [1_000, 100_000])

@@ -339,7 +339,7 @@ def _scanpaths(report: dict[str, Any]) -> str:
 def _batch(report: dict[str, Any]) -> str:
     on, first = report["machine"], report["throughput"][0]
     versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
-    numbers = ("left_alone", "bare", "decode_ms", "possible", "run", "of_bare", "of_possible")
+    numbers = ("threads", "left_alone", "bare", "decode_ms", "possible", "run", "of_bare", "of_possible")
     rows = [
         [row["verb"], f"`{row['model']}`", row["photographs"], *(str(row[name]) for name in numbers), _of_decoder(row)]
         for row in report["throughput"]
@@ -348,6 +348,7 @@ def _batch(report: dict[str, Any]) -> str:
         "verb",
         "model",
         "photographs",
+        "threads",
         "network left alone",
         "bare network",
         "decode, ms",
@@ -356,11 +357,11 @@ def _batch(report: dict[str, Any]) -> str:
     ]
     text = (
         "## Whole runs against the bare network\n\n`python benchmarks/batch.py`: "
-        f"{on['cpu']}, {on['date']}, {versions}, batch {first['batch_size']}, {first['threads']} threads, "
+        f"{on['cpu']}, {on['date']}, {versions}, batch {first['batch_size']}, "
         f"{first['workers']} decode processes, random weights; images/s, medians of runs and bare network in turns. "
         "Photographs are 500 × 375 (web) or 12 megapixels (camera). *Left alone*: memory given back after every layer, "
         "channels first, as PyTorch has it. *Bare*: on tensors in memory, as the command runs it. *Possible*: "
-        "min(workers / decode, 1 / (1 / bare + decode / cores)), since decoding takes the same cores. "
+        "min(workers / decode, bare, cores / (threads / bare + decode)), since decoding takes the same cores. "
         "*Of decoder*: of what the decode processes alone would give.\n\n"
         + table([*header, "of bare", "of possible", "of decoder"], rows)
     )

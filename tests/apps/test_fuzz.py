@@ -36,7 +36,7 @@ def options(**changes: int) -> argparse.Namespace:
     return argparse.Namespace(**{"seed": 1, "first": 0, "workers": 1, "cap": 3072, **changes})
 
 
-@pytest.mark.parametrize(("kind", "count"), [("corpus", len(CORPUS_FILES)), ("pictures", 600), ("archives", 200)])
+@pytest.mark.parametrize(("kind", "count"), [("corpus", len(CORPUS_FILES)), ("pictures", 400), ("archives", 120)])
 def test_broken_files_become_rows_within_time_and_memory(kind, count):
     result = measure(options(), kind, count)
     assert result["findings"] == []

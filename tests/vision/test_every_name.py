@@ -33,7 +33,7 @@ CLASSIFIERS = [n for n in NAMES if n not in SEGMENTERS]
 TRANSFORMERS = ("sparsifiner_*", "dcal_*")  # built for one image size, tokens all of one stride
 
 # Each of these has the modules of a smaller one that is tested always, and takes seconds to be filled with numbers.
-LARGE = ("*_large_*", "*_base_*", "*_base", "*_w48*", "*_medium*", "*101")
+LARGE = ("*_small*", "*_large_*", "*_base_*", "*_base", "*_w48*", "*_medium*", "*101")
 
 every = pytest.mark.parametrize("name", NAMES)
 numbers = pytest.mark.parametrize(
@@ -283,7 +283,16 @@ def test_lower_precision(name: str, device: str):
         assert low.isfinite().all() and (low.float() - expected).std() < 0.4 * expected.std()
 
 
-@pytest.mark.parametrize("name", [name for name in SMALLEST if "hrnet" not in name])  # a compiler takes minutes for it
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("sparsifiner_lvvit_small", "tap_fan_tiny_12_p16_224")
+        else name
+        for name in SMALLEST
+        if "hrnet" not in name  # a compiler takes minutes for it
+    ],
+)
 @torch.no_grad()
 def test_exports_and_compiles_as_one_graph(name: str):
     model = settled(name, num_classes=7)
