@@ -98,6 +98,16 @@ def test_labels_in_words_are_those_of_open_clips_zero_shot_classifier(command, z
     assert all(row["model"].startswith(f"clip:{folder}@") and row["width"] for row in rows)
 
 
+def test_another_runtime_gives_the_same_rows(command):
+    options = ("--labels", ", ".join(LABELS), "--clip-checkpoint", "clip", "--json", "--workers", 0, "--batch-size", 5)
+    one, other = (
+        [json.loads(line) for line in command("classify", "in", *options, "--runtime", runtime).stdout.splitlines()]
+        for runtime in ("torch", "onnx")
+    )
+    assert [row["label_1"] for row in one] == [row["label_1"] for row in other]
+    assert [row["prob_1"] for row in one] == pytest.approx([row["prob_1"] for row in other], abs=1e-5)
+
+
 def test_text_features_are_computed_once_a_run(command, tmp_path, monkeypatch):
     calls = []
     real = open_clip.build_zero_shot_classifier
